@@ -1,0 +1,94 @@
+"""Shared settings: one thread, no network, seeded, transformers' deprecations are errors."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+if os.environ.get("VLM_ATTN_HUB") != "1":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import logging  # noqa: E402
+import shutil  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+MARKERS = {
+    "gpu": "needs a CUDA device (`-m gpu`)",
+    "hub": "downloads from the Hugging Face hub (VLM_ATTN_HUB=1)",
+    "slow": "takes more than a few seconds",
+    "browser": "needs a Chromium that Playwright can drive",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Markers and warning filters, so that the suite runs the same from any configuration."""
+    for name, text in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    config.addinivalue_line("filterwarnings", "error::FutureWarning:transformers")
+    config.addinivalue_line("filterwarnings", "error::DeprecationWarning:transformers")
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, with the reason."""
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    no_hub = pytest.mark.skip(reason="set VLM_ATTN_HUB=1 to allow downloads")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "hub" in item.keywords and os.environ.get("VLM_ATTN_HUB") != "1":
+            item.add_marker(no_hub)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+class _Deprecations(logging.Handler):
+    """transformers announces most deprecations through its logger: collect them and fail the test."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps messages which speak of deprecation."""
+        text = record.getMessage()
+        if "deprecat" in text.lower():
+            self.seen.append(text)
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecated_calls() -> Iterator[None]:
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    if handler.seen:
+        pytest.fail("deprecated transformers call: " + handler.seen[0])
+
+
+def compiler() -> str | None:
+    """Path of a C++ compiler, which flex attention needs on the CPU."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture(params=["sdpa", "eager", "flex_attention"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Attention implementation of the model under test."""
+    if request.param == "flex_attention" and compiler() is None:
+        pytest.skip("flex_attention on the CPU needs a C++ compiler (g++ or clang++), and none is installed")
+    warnings.filterwarnings("ignore", message=".*flex_attention.*")
+    return request.param
