@@ -1,0 +1,61 @@
+# Everything runs in one environment, .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.vlm-attn-installed
+EXTRAS := eval,demo,clip,dev
+CONFIG ?= eval_configs/quickstart.yaml
+# Two worker processes with one thread each: the fastest split on two cores.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
+
+.PHONY: help install quickstart test test-gpu style quality docs bench demo
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart  install, run $(CONFIG), print the table and where the report lies"
+	@echo "make test        the whole test suite on the CPU, without network"
+	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make style       sort imports, fix and format the code"
+	@echo "make quality     lint, format and type checks; changes nothing"
+	@echo "make docs        write docs/reference.md from the installed methods and families, check links"
+	@echo "make bench       speed of the methods against the stock model"
+	@echo "make demo        the demo page on http://127.0.0.1:7860"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "vlm-attn needs Python 3.11 or newer; $(PYTHON) is" `$(PYTHON) -V` "- try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@touch $@
+
+install: $(STAMP)
+
+quickstart: $(STAMP)
+	$(OFFLINE) $(BIN)/vlm-attn eval $(CONFIG)
+
+test: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub" $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
+
+bench: $(STAMP)
+	$(BIN)/vlm-attn bench
+
+demo: $(STAMP)
+	$(OFFLINE) $(BIN)/vlm-attn demo
