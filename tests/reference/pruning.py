@@ -56,7 +56,12 @@ class FastV(Masked):
     """Keeps per image the visual tokens which the last prompt row attends to most in layer K - 1 (head mean)."""
 
     def __init__(
-        self, model: nn.Module, layer: int, keep: float, sigma: float | None = None, visible: list[Tensor] | None = None
+        self,
+        model: nn.Module,
+        layer: int,
+        keep: float,
+        sigma: float | None = None,
+        visible: list[Tensor] | None = None,
     ) -> None:
         super().__init__(model, layer)
         self.keep = keep
