@@ -12,27 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging  # noqa: E402
 import shutil  # noqa: E402
-import warnings  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-MARKERS = {
-    "gpu": "needs a CUDA device (`-m gpu`)",
-    "hub": "downloads from the Hugging Face hub (VLM_ATTN_HUB=1)",
-    "slow": "takes more than a few seconds",
-    "browser": "needs a Chromium that Playwright can drive",
-}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Markers and warning filters, so that the suite runs the same from any configuration."""
-    for name, text in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {text}")
-    config.addinivalue_line("filterwarnings", "error::FutureWarning:transformers")
-    config.addinivalue_line("filterwarnings", "error::DeprecationWarning:transformers")
-    torch.set_num_threads(1)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -90,5 +75,4 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Attention implementation of the model under test."""
     if request.param == "flex_attention" and compiler() is None:
         pytest.skip("flex_attention on the CPU needs a C++ compiler (g++ or clang++), and none is installed")
-    warnings.filterwarnings("ignore", message=".*flex_attention.*")
     return request.param

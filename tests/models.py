@@ -15,7 +15,6 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import CLIPImageProcessorPil as CLIPImageProcessor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -24,6 +23,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers import LlavaImageProcessorPil as LlavaImageProcessor
 
 PAD, BOS, EOS = 0, 1, 2
 IMAGE_ID = 99
@@ -174,7 +174,7 @@ def tiny_processor() -> LlavaProcessor:
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         padding_side="left", extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
-    image_processor = CLIPImageProcessor(
+    image_processor = LlavaImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     )
     template = (
