@@ -17,12 +17,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
+from typer.exceptions import TyperException
 
 import vlm_attn
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="vlm-attn",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Vision-attention methods for Hugging Face vision-language models: run, measure, compare.",
@@ -239,7 +239,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {}
+    shipped: dict[str, Path] = {}
     for folder in (Path(__file__).parent.parent / "eval_configs", Path(__file__).parent / "eval_configs"):
         shipped |= {p.name: p for p in sorted(folder.glob("*.yaml"))}
     wanted = path.name if path.suffix in (".yaml", ".yml") else f"{path.name}.yaml"
@@ -281,18 +281,26 @@ def calibrate(
 
 @app.command()
 def bench(
+    shape: Annotated[list[str] | None, typer.Option("--shape", help="Model shape; repeat for more.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per shape.")] = 7,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write as well.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure speed and memory of the methods against the stock model, paired."""
+    """Measure the speed of the methods against the stock model, in paired single-thread runs."""
     from vlm_attn import bench as module
 
-    with quiet_stdout(as_json):
-        result = module.run_bench()
+    shapes = shape or ["deep", "long"]
+    with quiet_stdout(as_json), Progress(console=err, transient=True) as progress:
+        task = progress.add_task("bench", total=module.ticks(shapes, rounds))
+        result = module.run_bench(shapes, rounds=rounds, tick=lambda: progress.advance(task))
     if output:
         output.write_text(json.dumps(to_data(result), indent=2) + "\n", encoding="utf-8")
     if as_json:
         emit(result)
+    else:
+        module.print_report(result, out)
+    if not result["valid"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -356,36 +364,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(args: list[str], debug: bool, as_json: bool) -> int:
     try:
-        code = app(args, prog_name="vlm-attn", standalone_mode=False)
+        code = app(args or ["--help"], prog_name="vlm-attn", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return _fail("stopped", 130, as_json)
-    except click.ClickException as error:
-        usage = f" (see: {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-        return _fail(f"{error.format_message()}{usage}", 2, as_json)
-    except KeyboardInterrupt:
-        return _fail("stopped", 130, as_json)
-    except ModuleNotFoundError as error:
-        if debug:
-            err.print_exception()
-        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
-        cure = f'; install it with: pip install "vlm-attn[{extra}]"' if extra else ""
-        return _fail(f"{error}{cure}", 2 if extra else 1, as_json)
-    except USER_ERRORS as error:
-        if debug:
-            err.print_exception()
-        return _fail(" ".join(str(error).split()), 2, as_json)
     except BrokenPipeError:
         return 1
+    except TyperException as error:
+        return _fail(f"{error.format_message()} (vlm-attn --help shows what there is)", 2, as_json)
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        cure = f'; install it with: pip install "vlm-attn[{extra}]"' if extra else ""
+        message, code = f"{error}{cure}", 2 if extra else 1
+    except USER_ERRORS as error:
+        message, code = str(error), 2
     except Exception as error:
-        if debug:
-            err.print_exception()
-        hint = "" if debug else " (--debug shows where)"
-        return _fail(f"{type(error).__name__}: {' '.join(str(error).split())}{hint}", 1, as_json)
+        message, code = f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}", 1
+    if debug:
+        err.print_exception()
+    return _fail(message, code, as_json)
 
 
 def _fail(message: str, code: int, as_json: bool) -> int:
-    err.print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False, soft_wrap=True)
+    err.print(f"[bold red]error:[/bold red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
     if as_json:
-        emit({"error": message, "exit_code": code})
+        emit({"error": " ".join(message.split()), "exit_code": code})
     return code
