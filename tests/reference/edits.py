@@ -68,17 +68,19 @@ class Var(Dense):
         donors = v1 | t1
         if self.need_visual_sink and not v1.any():
             return weights
-        image_end = int(visual.nonzero()[-1]) + 1
-        first = max(0, image_end - (keys - rows))
+        past = keys - rows
+        text_rows = [i for i in range(rows) if not visual[past + i] and visual[: past + i].any()]
         edited = weights.clone()
         for head in range(heads):
-            for row in range(first, rows):
+            for row in text_rows:
                 a = weights[head, row]
                 m_v, m_v0, m_s = a[visual].sum(), a[v0].sum(), a[donors].sum()
                 self.candidates += 1
                 self.margin = min(self.margin, float((m_v - self.visual_mass_min).abs()))
+                if m_v < self.visual_mass_min:
+                    continue
                 self.margin = min(self.margin, float((m_v0 - self.rho_nonsink * m_v).abs()))
-                if m_v < self.visual_mass_min or m_v0 < self.rho_nonsink * m_v or m_v0 == 0:
+                if m_v0 < self.rho_nonsink * m_v or m_v0 == 0:
                     continue
                 omega = (1 - self.keep) * m_s
                 edited[head, row, donors] = self.keep * a[donors]
