@@ -154,12 +154,12 @@ def open_picture(name: str) -> Any:
 def stats_line(stats: dict[str, Any]) -> str:
     """Times and tokens of one answer in a few words."""
     parts = []
-    if (kept := stats.get("kept_tokens")) is not None and (total := stats.get("visual_tokens")) is not None:
-        parts.append(f"visual tokens {kept} of {total}")
-    times = stats.get("times") or {}
-    parts += [f"{name.replace('_', ' ')} {1000 * seconds:.0f} ms" for name, seconds in times.items()]
-    if edited := stats.get("edited_heads"):
-        parts.append(f"edited heads {edited if isinstance(edited, int) else len(edited)}")
+    if (total := stats.get("visual_tokens")) is not None:
+        parts.append(f"visual tokens kept {(stats.get('kept_tokens') or {}).get('last', total)} of {total}")
+    for name, seconds in (stats.get("times") or {}).items():
+        parts.append(f"{name.replace('_s', '', 1).replace('_', ' ')} {1000 * seconds:.1f} ms")
+    if edited := sum((stats.get("edited_heads") or {}).values()):
+        parts.append(f"attention rows edited {edited:,}")
     return " · ".join(parts)
 
 
@@ -215,7 +215,7 @@ def eval_(
     with quiet_stdout(as_json):
         result = evaluation.run_config(find_config(config), overrides)
     if as_json:
-        emit(result)
+        emit(result.to_dict())
 
 
 @app.command()
@@ -224,13 +224,15 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a benchmark config without running it and show what it resolves to."""
-    from vlm_attn import evaluation
+    from vlm_attn import evaluation, recipe
 
-    resolved = evaluation.validate_config(find_config(config))
+    resolved = to_data(evaluation.load_config(find_config(config)).resolved())
+    for entry in resolved["methods"]:
+        recipe.pipeline(entry["method"])
     if as_json:
-        emit(resolved)
+        emit({"valid": True, "config": resolved})
     else:
-        out.print(yaml.safe_dump(to_data(resolved), sort_keys=False), markup=False, end="")
+        out.print(yaml.safe_dump(resolved, sort_keys=False), markup=False, highlight=False, end="")
         err.print("[green]valid[/green]")
 
 
