@@ -1,0 +1,1 @@
+"""The built-in methods: one published method per file. They reach the core through the registry's entry points."""

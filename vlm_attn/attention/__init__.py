@@ -1,0 +1,1 @@
+"""The attention engine: registered attention functions, exact rows on demand, segment algebra."""

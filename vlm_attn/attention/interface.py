@@ -1,0 +1,98 @@
+"""The attention function and mask function that transformers calls while a session is attached.
+
+One name per backend is registered on first use (``vlm_attn-sdpa``, ...). The function finds the session of the
+calling attention module and falls through, with unchanged arguments, to the backend's own function; so whatever a
+session does not touch is bit-identical to the unwrapped model.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedError
+from .masks import BACKENDS
+
+PREFIX = "vlm_attn-"
+Result = tuple[Tensor, Tensor | None]
+AttentionFunction = Callable[..., Result]
+
+
+class Engine(Protocol):
+    """What the registered function calls back into."""
+
+    def attend(
+        self,
+        base: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> Result:
+        """Runs one attention call of one layer."""
+
+
+_ENGINES: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+
+
+def connect(module: nn.Module, engine: Engine) -> None:
+    """From now on, calls of this attention module go to ``engine``."""
+    _ENGINES[module] = engine
+
+
+def disconnect(module: nn.Module) -> None:
+    """Undoes :func:`connect`."""
+    _ENGINES.pop(module, None)
+
+
+def base_function(backend: str, module: nn.Module) -> AttentionFunction:
+    """The backend's own attention function for this module."""
+    if backend == "eager":
+        # Eager attention is a function of the modelling file and in no registry.
+        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[backend]  # type: ignore[no-any-return]
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    backend: str,
+    **kwargs: Any,
+) -> Result:
+    base = base_function(backend, module)
+    engine = _ENGINES.get(module)
+    if engine is None:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    return engine.attend(base, module, query, key, value, attention_mask, kwargs)
+
+
+@functools.cache
+def register(backend: str) -> str:
+    """Registers (once) the attention and mask functions for a backend and returns their common name.
+
+    Raises:
+        UnsupportedError: the backend is none of those the engine reads masks of.
+    """
+    if backend not in BACKENDS:
+        raise UnsupportedError(
+            f"attention backend '{backend}' is not supported; call model.set_attn_implementation('sdpa') first "
+            f"(supported: {', '.join(BACKENDS)})"
+        )
+    name = PREFIX + backend
+    AttentionInterface.register(name, functools.partial(_forward, backend=backend))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+    return name

@@ -1,0 +1,50 @@
+"""Exact attention rows on demand: the weights of a few query rows, fp32, without ever holding a full matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Upper bound on the weights held at a time (elements); rows beyond it are worked off in chunks.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def row_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
+    """fp32 logits ``[B, H, R, N]`` of rotated queries ``[B, H, R, d]`` on cached keys ``[B, Hkv, N, d]``."""
+    b, h, r, d = query.shape
+    kv = key.shape[1]
+    grouped = query.float().reshape(b, kv, h // kv * r, d)
+    logits = (grouped @ key.float().transpose(2, 3)).reshape(b, h, r, key.shape[2]) * scaling
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def row_weights(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """fp32 post-softmax weights ``[B, H, R, N]``; ``mask`` and ``bias`` are additive and broadcastable."""
+    logits = row_logits(query, key, scaling, softcap)
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = logits + mask
+    return logits.softmax(-1)
+
+
+def row_outputs(weights: Tensor, value: Tensor) -> Tensor:
+    """fp32 head outputs ``[B, H, R, d]`` of weights ``[B, H, R, N]`` on values ``[B, Hkv, N, d]``."""
+    b, h, r, n = weights.shape
+    kv = value.shape[1]
+    return (weights.reshape(b, kv, h // kv * r, n) @ value.float()).reshape(b, h, r, value.shape[-1])
+
+
+def chunks(rows: Tensor, batch: int, heads: int, keys: int) -> Iterator[Tensor]:
+    """Splits ``rows [R]`` so that one chunk's weights stay below ``CHUNK_ELEMENTS``."""
+    size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * keys))
+    yield from rows.split(size)

@@ -1,0 +1,87 @@
+"""Two-branch decoding: a logits processor that owns the second branch and its cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessor
+
+from .errors import UnsupportedError
+from .stages import Contrast
+
+if TYPE_CHECKING:
+    from .session import Session
+
+_OWN = {"past_key_values", "use_cache", "logits_to_keep", "return_dict", "output_attentions", "output_hidden_states"}
+
+
+class ContrastProcessor(LogitsProcessor):
+    """Runs the branch beside ``generate`` and combines the scores; one object per ``generate`` call.
+
+    The branch sees the same prompt with altered pixels, at the same positions, with edits and pruning switched off,
+    and keeps its own cache. The combination is applied after the built-in penalties and before temperature, top-k
+    and top-p; tokens that are forbidden stay forbidden.
+    """
+
+    def __init__(self, session: Session, method: Contrast):
+        self.session, self.method = session, method
+        self.cache: Any = None
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.length = 0
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """fp32 scores ``[B, V]`` after the contrast."""
+        if self.session.request is None or not self.session.last.tokens.vis.any():
+            return scores
+        with self.session.suspended():
+            branch = self._prefill(input_ids) if self.cache is None else self._step(input_ids)
+        self.length = input_ids.shape[1]
+        out = self.method.combine(scores.float(), branch.to(scores.device).float())
+        return out.masked_fill(scores == float("-inf"), float("-inf"))
+
+    def _prefill(self, input_ids: Tensor) -> Tensor:
+        session, request = self.session, self.session.last
+        arguments = request.image_kwargs
+        if arguments is None:
+            raise UnsupportedError(
+                f"{self.method.name} alters the picture, so it needs pixel_values: do not pass precomputed image features"
+            )
+        features = session.family.encode(
+            {**arguments, "pixel_values": self.method.alter_pixels(arguments["pixel_values"])}
+        )
+        rows = [request.tokens.images(row) for row in range(request.tokens.batch)]
+        given = session.family.image_count(features)
+        times = sum(rows) // max(given, 1)
+        if given * times != sum(rows):
+            raise UnsupportedError(f"{given} encoded images do not match the {sum(rows)} images of the prompts")
+        kwargs = {k: v for k, v in request.prompt_kwargs.items() if k not in _OWN}
+        for name in arguments:
+            kwargs.pop(name, None)
+        kwargs["mm_encoder_outputs"] = {"image": session.family.repeat_features(features, rows[::times], times)}
+        if kwargs.get("position_ids") is None or kwargs["input_ids"].shape != input_ids.shape:
+            raise UnsupportedError(f"{self.method.name} contrasts inside generate(); call model.generate or vlm.ask")
+        self.mask, self.positions = kwargs.get("attention_mask"), kwargs["position_ids"]
+        self.cache = DynamicCache(config=session.family.text_config)
+        return self._forward(kwargs)
+
+    def _step(self, input_ids: Tensor) -> Tensor:
+        if input_ids.shape[1] != self.length + 1 or self.positions is None:
+            raise UnsupportedError(
+                f"{self.method.name} needs one new token per step: assisted decoding is not supported"
+            )
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(self.mask.shape[0], 1)], dim=1)
+        self.positions = self.positions[..., -1:] + 1
+        return self._forward(
+            {"input_ids": input_ids[:, -1:], "attention_mask": self.mask, "position_ids": self.positions}
+        )
+
+    def _forward(self, kwargs: dict[str, Any]) -> Tensor:
+        out = self.session.model(
+            **kwargs, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True
+        )
+        return out.logits[:, -1]

@@ -1,0 +1,63 @@
+"""Generation modes that a pipeline cannot follow are refused by name, before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import DynamicCache, StaticCache
+
+from .errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def check_generate(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Checks the arguments of ``generate`` against the attached pipeline and returns them unchanged.
+
+    Raises:
+        UnsupportedError: a mode in which a method would be silently wrong.
+    """
+    acting = [m.name for m in session.methods if m.stage in ("prune", "edit")]
+    contrast = session.contrast if session.contrast is not None and session.contrast.active else None
+    refine = session.refine if session.refine is not None and session.refine.active else None
+    if refine is not None and not session.refined:
+        raise UnsupportedError(
+            f"{refine.name} changes the picture before the processor sees it: use vlm.ask(image, text), or "
+            f"vlm.refine(image, text) and then the processor"
+        )
+    if not acting and contrast is None:
+        return kwargs
+    names = ", ".join([*acting, *([contrast.name] if contrast else [])])
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or session.model.generation_config
+
+    def value(name: str, default: Any = None) -> Any:
+        given = kwargs.get(name)
+        return given if given is not None else getattr(config, name, default)
+
+    if value("use_cache", True) is False:
+        raise UnsupportedError(f"{names}: generate needs the key/value cache; leave use_cache at True")
+    if value("prefill_chunk_size") is not None:
+        raise UnsupportedError(f"{names}: chunked prefill is not supported; drop prefill_chunk_size")
+    implementation = value("cache_implementation")
+    cache = kwargs.get("past_key_values")
+    if implementation not in (None, "dynamic", "dynamic_full") or isinstance(cache, StaticCache):
+        raise UnsupportedError(
+            f"{names}: the {implementation or 'static'} cache is not supported; use the dynamic cache"
+        )
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise UnsupportedError(f"{names}: {type(cache).__name__} is not supported; pass a DynamicCache or none")
+    assisted = kwargs.get("assistant_model") is not None or value("prompt_lookup_num_tokens") is not None
+    if assisted:
+        raise UnsupportedError(f"{names}: assisted decoding is not supported; drop the assistant model")
+    if session.sites and value("output_hidden_states", False):
+        raise UnsupportedError(f"{names}: hidden states have another length after pruning; drop output_hidden_states")
+    if contrast is not None:
+        beams = value("num_beams", 1)
+        if beams is not None and beams > 1:
+            raise UnsupportedError(
+                f"{contrast.name} does not support beam search (its branch cannot follow the beams): set num_beams=1"
+            )
+        if cache is not None and cache.get_seq_length() > 0:
+            raise UnsupportedError(f"{contrast.name} cannot continue a filled cache: send the whole prompt again")
+    return kwargs

@@ -1,0 +1,125 @@
+"""Mechanics of token removal: before the language model, or between decoder layers, with ragged caches.
+
+Original positions are kept. Samples that keep fewer tokens than the longest one carry filler slots that nobody sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import masks
+from .request import PruneStage, Request
+from .tokens import TokenMap
+
+
+def choose(tokens: TokenMap, keep: Tensor, keep_padding: bool) -> tuple[Tensor, Tensor]:
+    """Slots to keep from the visual tokens a method wants.
+
+    Args:
+        tokens: roles of the ``N`` slots.
+        keep: bool ``[B, N]``, wanted visual tokens.
+        keep_padding: padding stays in place (before the language model, where the parent built the masks).
+
+    Returns:
+        ascending slot indices ``[B, n]`` and their validity.
+    """
+    if keep.shape != tokens.vis.shape or keep.dtype != torch.bool:
+        raise ValueError(f"keep_mask must be bool {tuple(tokens.vis.shape)}, got {keep.dtype} {tuple(keep.shape)}")
+    text = tokens.valid & ~tokens.vis
+    wanted = (keep & tokens.vis) | text
+    held = wanted | ~tokens.valid if keep_padding else wanted
+    n = max(int(held.sum(1).max()), 1)
+    rank = torch.where(held, 0, torch.where(tokens.valid, 2, 1))
+    idx = torch.argsort(rank, dim=1, stable=True)[:, :n].sort(dim=1).values
+    return idx, wanted.gather(1, idx)
+
+
+def stage(tokens: TokenMap, keep: Tensor, layer: int, previous: PruneStage | None) -> tuple[PruneStage, Tensor] | None:
+    """The stage after keeping ``keep`` of ``tokens``, and its slots relative to ``tokens``; None if all stay."""
+    if bool((keep | ~tokens.vis).all()):
+        return None
+    relative, valid = choose(tokens, keep, keep_padding=layer == 0)
+    inside = previous is not None and layer > 0 and previous.layer > 0
+    idx = previous.idx.gather(1, relative) if inside and previous is not None else relative
+    return PruneStage(layer, idx, valid, tokens.gather(relative, valid)), relative
+
+
+def take(x: Tensor, idx: Tensor) -> Tensor:
+    """Gathers slots ``idx [B, n]`` of ``x [B or 1, N, ...]``."""
+    x = x.expand(idx.shape[0], *x.shape[1:])
+    shaped = idx.reshape(*idx.shape, *([1] * (x.dim() - 2))).expand(*idx.shape, *x.shape[2:])
+    return x.gather(1, shaped)
+
+
+def last_axis(x: Tensor, idx: Tensor) -> Tensor:
+    """Gathers slots of position ids ``[B or 1, N]`` or ``[planes, B or 1, N]``."""
+    if x.dim() == 2:
+        return take(x, idx)
+    return torch.stack([take(plane, idx) for plane in x])
+
+
+def prefill_inputs(
+    pruned: PruneStage, kwargs: dict[str, Any], backend: str, dtype: torch.dtype, causal: bool
+) -> dict[str, Any]:
+    """Decoder-layer arguments of the prefill on the kept slots (tables and masks are gathered once per stage)."""
+    out = dict(kwargs)
+    tables, mask, positions = kwargs["position_embeddings"], kwargs.get("attention_mask"), kwargs.get("position_ids")
+
+    def once(value: Any, make: Any) -> Any:
+        # Keyed by identity and kept alive beside the result, so that an id cannot be reused within the request.
+        if id(value) not in pruned.cache:
+            pruned.cache[id(value)] = (value, make())
+        return pruned.cache[id(value)][1]
+
+    out["position_embeddings"] = once(tables, lambda: tuple(take(t, pruned.idx) for t in tables))
+    if positions is not None:
+        out["position_ids"] = once(positions, lambda: last_axis(positions, pruned.idx))
+    out["attention_mask"] = once(mask, lambda: masks.gather(mask, pruned.idx, pruned.valid, backend, dtype, causal))
+    return out
+
+
+def decode_mask(pruned: PruneStage, queries: int, past: int, backend: str, dtype: torch.dtype) -> Tensor | None:
+    """Mask of later calls in a layer whose cache starts with the kept slots."""
+    return masks.decode(pruned.valid, queries, past, backend, dtype)
+
+
+def lm_prefill(pruned: PruneStage, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Language-model arguments of the prefill when tokens leave before layer 0."""
+    out = dict(kwargs)
+    embeds = kwargs["inputs_embeds"]
+    length = embeds.shape[1]
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length, device=embeds.device)[None]
+    out["inputs_embeds"] = take(embeds, pruned.idx)
+    out["position_ids"] = last_axis(positions, pruned.idx)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError("pruning before the language model needs the 2-D attention mask that the processor made")
+    # Always explicit: gaps in the position ids would otherwise be read as several packed sequences.
+    out["attention_mask"] = pruned.valid.long() if mask is None else take(mask, pruned.idx) * pruned.valid
+    return out
+
+
+def lm_decode(pruned: PruneStage, request: Request, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
+    """Language-model arguments of later calls when tokens left before layer 0."""
+    out = dict(kwargs)
+    rows = kwargs.get("inputs_embeds")
+    rows = kwargs["input_ids"] if rows is None else rows
+    b, queries = rows.shape[:2]
+    length = request.tokens.length
+    mask = kwargs.get("attention_mask")
+    new = past + queries - pruned.idx.shape[1]
+    if mask is not None and mask.dim() == 2:
+        head = take(mask[:, :length], pruned.idx) * pruned.valid
+        out["attention_mask"] = torch.cat([head, mask[:, mask.shape[1] - new :]], dim=1)
+    elif mask is None:
+        valid = pruned.valid.long()
+        out["attention_mask"] = torch.cat([valid, valid.new_ones(b, new)], dim=1)
+    if kwargs.get("position_ids") is None:
+        start = past + length - pruned.idx.shape[1]
+        out["position_ids"] = torch.arange(start, start + queries, device=rows.device)[None]
+    return out

@@ -1,0 +1,33 @@
+"""Records the attention of the newest row at chosen layers while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..attention.plans import Call
+
+
+class Recorder:
+    """Head-mean post-softmax weights of the newest query row, one entry per forward.
+
+    Attributes:
+        layers: decoder layers to read.
+        rows: per layer, a list over forwards of fp32 ``[B, N]`` weights on all keys of that forward.
+    """
+
+    def __init__(self, layers: Iterable[int]):
+        self.layers = frozenset(layers)
+        self.rows: dict[int, list[Tensor]] = {layer: [] for layer in sorted(self.layers)}
+
+    def take(self, layer: int, call: Call) -> None:
+        """Called by the engine after each attention call of a recorded layer."""
+        last = torch.tensor([call.queries - 1], device=call.query.device)
+        self.rows[layer].append(call.weights(last)[:, :, 0].mean(1))
+
+    def on(self, slots: Tensor, row: int = 0) -> Tensor:
+        """Weights of one sample on the key positions ``slots [n]``: fp32 ``[steps, layers, n]``."""
+        layers = [torch.stack([step[row, slots] for step in self.rows[layer]]) for layer in sorted(self.layers)]
+        return torch.stack(layers, dim=1)

@@ -1,0 +1,78 @@
+"""Everything a session knows about the request in flight. Never stored on modules, dropped with the next prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stages import RowScore
+from .tokens import TokenMap
+
+
+@dataclass
+class PruneStage:
+    """What one site kept.
+
+    Attributes:
+        layer: first layer that runs on the kept slots (0 = language-model input).
+        idx: int64 ``[B, n]`` kept slots, ascending, as indices into the sequence that entered layer 0.
+        valid: bool ``[B, n]``, False at filler slots of samples that kept fewer.
+        tokens: roles of the kept slots.
+    """
+
+    layer: int
+    idx: Tensor
+    valid: Tensor
+    tokens: TokenMap
+    cache: dict[int, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass
+class Request:
+    """Per-request state of one session."""
+
+    tokens: TokenMap
+    prompt_kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
+    image_kwargs: dict[str, Any] | None = field(default=None, repr=False)
+    stages: list[PruneStage] = field(default_factory=list)
+    entered: TokenMap | None = None
+    seen: int = 0
+    prefilled: bool = False
+    scores: dict[RowScore, Tensor] = field(default_factory=dict)
+    labels: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    factors: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    text_last: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    edited: dict[int, int] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    cache_id: int | None = None
+
+    def stage_at(self, layer: int) -> PruneStage | None:
+        """The stage whose kept slots layer ``layer`` runs on."""
+        found = None
+        for stage in self.stages:
+            if stage.layer <= layer:
+                found = stage
+        return found
+
+    def tokens_at(self, layer: int) -> TokenMap:
+        """Roles of the prompt keys of one layer."""
+        stage = self.stage_at(layer)
+        return self.tokens if stage is None else stage.tokens
+
+    def kept(self, layer: int) -> list[Tensor]:
+        """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""
+        tokens = self.tokens_at(layer)
+        return [tokens.index[row][tokens.vis[row]] for row in range(tokens.batch)]
+
+    def kept_visual(self, layer: int) -> list[Tensor]:
+        """Per sample: ranks ``0..N-1`` among the sample's visual tokens of those that reach ``layer``."""
+        rank = self.tokens.vis.cumsum(1) - 1
+        return [rank[row][positions] for row, positions in enumerate(self.kept(layer))]
+
+    def kept_per_layer(self, layers: int) -> Tensor:
+        """int64 ``[B, layers]``: visual tokens that every layer processes."""
+        return torch.stack([self.tokens_at(layer).vis.sum(1) for layer in range(layers)], dim=1)

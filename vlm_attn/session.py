@@ -1,0 +1,518 @@
+"""One method pipeline attached to one model: install, per-request state, detach.
+
+Attach is all-or-nothing: whatever was installed before a failure is taken back. Detach restores hooks, instance
+attributes and the attention implementation, so that the model is bit-identical afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import profiles, pruning
+from .attention import interface
+from .attention.masks import BACKENDS
+from .attention.plans import Call, edit_rows, with_bias
+from .contrast import ContrastProcessor
+from .errors import AttachError, UnsupportedError
+from .families import resolve
+from .guards import check_generate
+from .profiles import Profile
+from .readouts.recorder import Recorder
+from .recipe import MethodLike, pipeline
+from .request import Request
+from .stages import Contrast, EditView, HeadScale, KeyBias, Method, Prune, PruneView, Refine, SegmentEdit, Site
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_ATTACHED: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+_GUARD = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """The lock of one model object, shared by every session on it."""
+    with _GUARD:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+def attach(model: Any, method: MethodLike = None, processor: Any = None, *, profile: Profile | None = None) -> Session:
+    """Attaches a method pipeline to a loaded model; use it as a context manager, or call ``detach()``.
+
+    Args:
+        model: a transformers vision-language model.
+        method: a name, a method object, a mapping, a YAML path, or a list of them (a pipeline).
+        processor: the model's processor (only needed for picture geometry).
+        profile: per-checkpoint data; by default the one found for the checkpoint's name.
+
+    Raises:
+        AttachError: not a supported vision-language model, or a session is attached already.
+        ValueError: unknown method, or parameters that do not fit the model.
+        MissingProfileError: a method needs per-checkpoint data that was never calibrated.
+    """
+    return Session(model, method, processor, profile=profile)
+
+
+class Session:
+    """A pipeline on a model. Facts about the newest request stand in ``last``."""
+
+    def __init__(self, model: Any, method: MethodLike, processor: Any = None, *, profile: Profile | None = None):
+        self.family = resolve(model)
+        self.model, self.processor = model, processor
+        self.info = self.family.info()
+        self.profile = profile or profiles.find(self.info.checkpoint, self.info.signature)
+        self.methods: tuple[Method, ...] = tuple(m.resolve(self.info, self.profile) for m in pipeline(method))
+        for m in self.methods:
+            if m.stage in self.family.refused:
+                raise UnsupportedError(f"{m.name} on {self.family.name}: {self.family.refused[m.stage]}")
+        self.prune = next((m for m in self.methods if isinstance(m, Prune)), None)
+        self.refine = next((m for m in self.methods if isinstance(m, Refine)), None)
+        self.contrast = next((m for m in self.methods if isinstance(m, Contrast)), None)
+        self.segment_edits = [(i, m) for i, m in enumerate(self.methods) if isinstance(m, SegmentEdit)]
+        self.key_biases = [(i, m) for i, m in enumerate(self.methods) if isinstance(m, KeyBias)]
+        self.head_scales = [(i, m) for i, m in enumerate(self.methods) if isinstance(m, HeadScale)]
+        self._layers_of = {
+            i: m.edit_layers(self.info) for i, m in [*self.segment_edits, *self.key_biases, *self.head_scales]
+        }
+        self.sites: dict[int, Site] = {s.layer: s for s in self.prune.sites()} if self.prune else {}
+        self.request: Request | None = None
+        self.image_sizes: list[list[tuple[int, int]]] | None = None
+        self.refined = False
+        self.recorder: Recorder | None = None
+        self._suspended = 0
+        self._capture: dict[int, Tensor] | None = None
+        self._fresh = False
+        self._undo: list[Callable[[], None]] = []
+        self.attached = False
+        self._install()
+
+    # --------------------------------------------------------------------------------------------- attach, detach
+
+    def _install(self) -> None:
+        with lock_of(self.model):
+            if self.model in _ATTACHED:
+                raise AttachError(
+                    "a session is attached to this model already: detach it first (session.detach(), vlm.close() or "
+                    "vlm.set_method(...)), or attach both methods as one list"
+                )
+            lm = self.family.lm
+            self.backend: str = lm.config._attn_implementation
+            name = interface.register(self.backend)
+            self.causal = bool(getattr(self.family.attention(0), "is_causal", True))
+            try:
+                _ATTACHED[self.model] = self
+                self._undo.append(lambda: _ATTACHED.pop(self.model, None))
+                self._switch(name)
+                for number, layer in enumerate(self.family.layers):
+                    interface.connect(layer.self_attn, self)
+                    self._undo.append(functools.partial(interface.disconnect, layer.self_attn))
+                    self._pre_hook(layer, functools.partial(self._before_layer, number))
+                    self._pre_hook(layer.self_attn.o_proj, functools.partial(self._before_o_proj, number))
+                self._pre_hook(self.model, self._before_model)
+                self._pre_hook(self.family.base, self._before_base)
+                self._pre_hook(lm, self._before_lm)
+                self._undo.append(lm.register_forward_hook(self._after_lm, with_kwargs=True).remove)
+                self._shadow(self.family.base, "get_image_features", self._get_image_features)
+                self._shadow(self.model, "generate", self._generate)
+                self.attached = True
+            except BaseException:
+                self.detach()
+                raise
+
+    def _switch(self, name: str) -> None:
+        lm, before = self.family.lm, self.backend
+        self._undo.append(lambda: setattr(lm.config, "_attn_implementation", before))
+        lm.set_attn_implementation(name)
+        if lm.config._attn_implementation != name:
+            raise AttachError(f"{type(self.model).__name__} did not accept the attention function; load it unmodified")
+
+    def _pre_hook(self, module: Any, hook: Callable[..., Any]) -> None:
+        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _shadow(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Shadows a method on the instance; the signature stays visible because ``generate`` inspects it."""
+        original = getattr(owner, name)
+        had = owner.__dict__.get(name)
+        owner.__dict__[name] = functools.wraps(original)(functools.partial(wrapper, original))
+
+        def undo() -> None:
+            if had is None:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = had
+
+        self._undo.append(undo)
+
+    def detach(self) -> None:
+        """Takes everything back; calling it again does nothing."""
+        with lock_of(self.model):
+            while self._undo:
+                self._undo.pop()()
+            self.attached = False
+            self._suspended, self.recorder, self._capture = 0, None, None
+            if self.request is not None:
+                self.request.prompt_kwargs, self.request.image_kwargs = {}, None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @property
+    def last(self) -> Request:
+        """State of the newest request: kept tokens, edited rows, scores, times."""
+        if self.request is None:
+            raise ValueError("no request has run in this session yet")
+        return self.request
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside, the model runs as if nothing were attached (second branches, probes)."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
+    @contextlib.contextmanager
+    def recording(self, recorder: Recorder) -> Iterator[Recorder]:
+        """Inside, ``recorder`` receives attention rows; nothing else changes."""
+        if self.recorder is not None:
+            raise ValueError("a recording is under way in this session already")
+        self.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            self.recorder = None
+
+    # ------------------------------------------------------------------------------------------------ model hooks
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with lock_of(self.model):
+            if self._suspended:
+                return original(*args, **kwargs)
+            kwargs = check_generate(self, args, kwargs)
+            if self.contrast is not None and self.contrast.active:
+                branch = ContrastProcessor(self, self.contrast)
+                kwargs["logits_processor"] = [branch, *(kwargs.get("logits_processor") or [])]
+            self._fresh = False
+            return original(*args, **kwargs)
+
+    def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._suspended:
+            return original(*args, **kwargs)
+        start = time.perf_counter()
+        out = original(*args, **kwargs)
+        self._image_call = (self.family.bind_image_arguments(args, kwargs), time.perf_counter() - start)
+        return out
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._suspended:
+            return
+        bound = _by_name(type(module).forward, module, args, kwargs)
+        if bound.get("labels") is not None and self.sites:
+            raise UnsupportedError(
+                "labels cannot be used while tokens are pruned: the logits are shorter than the labels"
+            )
+        if self._is_prefill(bound.get("past_key_values")):
+            self._prompt_kwargs = bound
+
+    def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._suspended:
+            return
+        bound = _by_name(type(module).forward, module, args, kwargs)
+        if not self._is_prefill(bound.get("past_key_values")):
+            return
+        ids, mask = bound.get("input_ids"), bound.get("attention_mask")
+        if ids is None:
+            if self.methods and any(m.stage != "read" for m in self.methods):
+                raise UnsupportedError(
+                    "methods need input_ids to find the visual tokens; inputs_embeds alone cannot do"
+                )
+            self.request, self._fresh = None, False
+            return
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        tokens = self.family.token_map(ids, mask)
+        request = Request(tokens=tokens, entered=tokens)
+        request.prompt_kwargs = self.__dict__.pop("_prompt_kwargs", {})
+        call = self.__dict__.pop("_image_call", None)
+        if call is not None:
+            request.image_kwargs, request.times["encode_s"] = call
+        self.request, self._fresh = request, True
+        self._text_stream(ids, mask)
+
+    def _is_prefill(self, cache: Any) -> bool:
+        return cache is None or cache.get_seq_length() == 0
+
+    def _text_stream(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Runs the prompt without its image once and keeps the last head outputs (head-scale methods that ask)."""
+        layers = {n for i, m in self.head_scales if m.wants_text_stream for n in self._layers_of[i]}
+        if not layers or self.request is None:
+            return
+        start = time.perf_counter()
+        text_ids, text_mask = self.family.text_only(ids, mask)
+        positions = (text_mask.cumsum(1) - 1).clamp(min=0)
+        embeds = self.model.get_input_embeddings()(text_ids)
+        self._capture = {}
+        try:
+            with self.suspended(), torch.no_grad():
+                self.family.lm(inputs_embeds=embeds, attention_mask=text_mask, position_ids=positions, use_cache=False)
+            self.request.text_last = {n: self._capture[n] for n in layers}
+        finally:
+            self._capture = None
+        self.request.times["text_stream_s"] = time.perf_counter() - start
+
+    # -------------------------------------------------------------------------------------------- decoder hooks
+
+    def _before_lm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._suspended:
+            return None
+        cache = kwargs.get("past_key_values")
+        rows = kwargs.get("inputs_embeds")
+        rows = kwargs.get("input_ids") if rows is None else rows
+        queries = rows.shape[1] if isinstance(rows, Tensor) else 0
+        if self._is_prefill(cache):
+            if not self._fresh:
+                if any(m.stage in ("prune", "edit") for m in self.methods) and self.request is not None:
+                    raise UnsupportedError("call the model itself, not its decoder, while a method is attached")
+                return None
+            request = self.last
+            self._fresh, request.seen, request.prefilled = False, request.tokens.length, True
+            self._lm_start = time.perf_counter()
+            if 0 in self.sites:
+                cut = pruning.stage(request.tokens, self._decide(self.sites[0], request), 0, None)
+                if cut is not None:
+                    request.stages.append(cut[0])
+                    request.entered = cut[0].tokens
+                    return args, pruning.lm_prefill(cut[0], kwargs)
+            return None
+        request_or_none = self.request
+        if request_or_none is None or not request_or_none.prefilled:
+            if any(m.stage in ("prune", "edit") for m in self.methods):
+                raise UnsupportedError("this cache was filled before the method was attached: start with a new prompt")
+            return None
+        request = request_or_none
+        entered = request.entered or request.tokens
+        past = cache.get_seq_length()
+        if past != entered.length + request.seen - request.tokens.length or (
+            request.cache_id is not None and request.cache_id != id(cache)
+        ):
+            raise UnsupportedError(
+                "this cache does not belong to the newest request of the session: caches cannot be mixed, cropped or "
+                "reused across prompts while a method is attached"
+            )
+        request.seen += queries
+        pruned = request.stage_at(0)
+        return None if pruned is None else (args, pruning.lm_decode(pruned, request, kwargs, past))
+
+    def _after_lm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._suspended or self.request is None:
+            return
+        start = self.__dict__.pop("_lm_start", None)
+        if start is not None:
+            self.request.times["prefill_s"] = time.perf_counter() - start
+            cache = getattr(output, "past_key_values", None)
+            self.request.cache_id = None if cache is None else id(cache)
+
+    def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        request = self.request
+        if self._suspended or request is None or not request.prefilled:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length(number))
+        changed = False
+        if past > 0:
+            pruned = request.stage_at(number)
+            if pruned is None or pruned.layer == 0:
+                return None
+            mask = pruning.decode_mask(pruned, hidden.shape[1], past, self.backend, hidden.dtype)
+            return args, {**kwargs, "attention_mask": mask}
+        if number in self.sites and number > 0:
+            before = request.stage_at(number)
+            tokens = request.tokens_at(number)
+            cut = pruning.stage(tokens, self._decide(self.sites[number], request), number, before)
+            if cut is not None:
+                request.stages.append(cut[0])
+                hidden = pruning.take(hidden, cut[1])
+                changed = True
+        pruned = request.stage_at(number)
+        if pruned is not None and pruned.layer > 0:
+            kwargs = pruning.prefill_inputs(pruned, kwargs, self.backend, hidden.dtype, self.causal)
+            changed = True
+        self._prepare_edits(number, hidden, request)
+        if not changed:
+            return None
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _decide(self, site: Site, request: Request) -> Tensor:
+        prune = self.prune
+        if prune is None:
+            raise ValueError("a prune site without a prune method")
+        scores = request.scores.get(site.score) if site.score else None
+        tokens = request.tokens_at(site.layer)
+        visible = self._visible(tokens) if prune.wants_padding else None
+        return prune.keep_mask(PruneView(site, tokens, scores, visible))
+
+    def _visible(self, tokens: Any) -> Tensor:
+        """bool ``[B, N]``: visual tokens that show some of the picture (False: only padding)."""
+        processor = getattr(self.processor, "image_processor", self.processor)
+        if processor is None:
+            raise UnsupportedError(
+                "pad_mask needs the processor: attach(model, method, processor=...) or vlm_attn.wrap"
+            )
+        out = torch.ones_like(tokens.vis)
+        if not getattr(processor, "do_pad", False):
+            return out
+        if self.image_sizes is None or len(self.image_sizes) != tokens.batch:
+            raise UnsupportedError(
+                "pad_mask on a padding processor needs the original picture sizes: use vlm.ask(...), or set "
+                "session.image_sizes = [[(width, height), ...] per sample] before generate"
+            )
+        for row, sizes in enumerate(self.image_sizes):
+            for image, (size, grid) in enumerate(zip(sizes, tokens.grids[row], strict=True)):
+                if grid is None:
+                    continue
+                seen = self.family.geometry(processor, size, grid).visible().to(out.device)
+                slots = (tokens.img_id[row] == image) & tokens.vis[row]
+                cells = tokens.cell[row][slots]
+                out[row, slots] = seen[cells[:, 0], cells[:, 1]]
+        return out
+
+    # --------------------------------------------------------------------------------------------------- edits
+
+    def _prepare_edits(self, number: int, hidden: Tensor, request: Request) -> None:
+        tokens = request.tokens_at(number)
+        for i, edit in self.segment_edits:
+            if number in self._layers_of[i]:
+                view = EditView(number, tokens, hidden if edit.wants_hidden else None)
+                request.labels[i, number] = edit.labels(view)
+        for i, edit in self.key_biases:
+            if number in self._layers_of[i]:
+                view = EditView(number, tokens, hidden if edit.wants_hidden else None)
+                request.biases[i, number] = edit.bias(view)
+
+    def attend(
+        self,
+        base: interface.AttentionFunction,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        kwargs: dict[str, Any],
+    ) -> interface.Result:
+        """One attention call of one layer (called by the registered function)."""
+        layer: int = module.layer_idx
+        request = self.request
+        active = not self._suspended and request is not None and request.prefilled
+        reading = self.recorder is not None and layer in self.recorder.layers
+        if not active and not reading:
+            return base(module, query, key, value, mask, **kwargs)
+        bias = self._bias(layer, key) if active else None
+        call = Call(
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scaling=kwargs["scaling"],
+            causal=bool(kwargs.get("is_causal") if kwargs.get("is_causal") is not None else self.causal),
+            softcap=kwargs.get("softcap"),
+            bias=bias,
+        )
+        q, k, v, m = with_bias(call, self.backend)
+        out, weights = base(module, q, k, v, m, **kwargs)
+        out = out[..., : query.shape[-1]]
+        if reading and self.recorder is not None:
+            self.recorder.take(layer, call)
+        if active and request is not None:
+            self._score(layer, call, request)
+            edits = [
+                (edit, _extend_labels(request.labels[i, layer], call.keys))
+                for i, edit in self.segment_edits
+                if (i, layer) in request.labels
+            ]
+            if edits:
+                rows, gate = self._edit_rows(layer, call, request, edits[0][0])
+                if rows.numel():
+                    out, edited = edit_rows(call, out, rows, gate, edits)
+                    request.edited[layer] = request.edited.get(layer, 0) + edited
+        return out, weights
+
+    def _bias(self, layer: int, key: Tensor) -> Tensor | None:
+        request, total = self.last, None
+        for i, _ in self.key_biases:
+            if (i, layer) in request.biases:
+                part = request.biases[i, layer]
+                part = torch.nn.functional.pad(part, (0, key.shape[2] - part.shape[-1]))
+                total = part if total is None else total + part
+        return total
+
+    def _score(self, layer: int, call: Call, request: Request) -> None:
+        if call.queries != call.keys:
+            return
+        for site in self.sites.values():
+            if site.score is not None and site.score.layer == layer:
+                last = torch.tensor([call.queries - 1], device=call.query.device)
+                request.scores[site.score] = call.weights(last)[:, :, 0].mean(1)
+
+    def _edit_rows(self, layer: int, call: Call, request: Request, edit: SegmentEdit) -> tuple[Tensor, Tensor]:
+        """Rows to look at ``[R]`` and the samples they count in ``[B, R]``."""
+        tokens, device = request.tokens_at(layer), call.query.device
+        if call.queries != call.keys:
+            rows = torch.arange(call.queries, device=device)
+            return rows, tokens.vis.any(1, keepdim=True).expand(-1, call.queries)
+        if edit.rows == "last":
+            return torch.tensor([call.queries - 1], device=device), tokens.vis.any(1, keepdim=True)
+        gate = tokens.sees_image
+        rows = gate.any(0).nonzero()[:, 0]
+        return rows, gate[:, rows]
+
+    def _before_o_proj(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x: Tensor = args[0]
+        heads = self.info.heads
+        if self._capture is not None:
+            self._capture[number] = x[:, -1].reshape(x.shape[0], heads, -1)
+            return None
+        request = self.request
+        if self._suspended or request is None or not request.prefilled:
+            return None
+        scaled = x
+        for i, edit in self.head_scales:
+            if number not in self._layers_of[i]:
+                continue
+            if (i, number) not in request.factors:
+                last = x[:, -1].reshape(x.shape[0], heads, -1)
+                factors = edit.factors(last, request.text_last.get(number))
+                # Samples without an image have nothing to be reinforced against.
+                factors = torch.where(request.tokens.vis.any(1, keepdim=True), factors, 1.0)
+                request.factors[i, number] = factors
+            factors = request.factors[i, number]
+            if bool((factors != 1).any()):
+                shape = (*x.shape[:-1], heads, -1)
+                scaled = (scaled.reshape(shape) * factors[:, None, :, None].to(x.dtype)).reshape(x.shape)
+                request.edited[number] = request.edited.get(number, 0) + int((factors != 1).sum())
+        return None if scaled is x else ((scaled, *args[1:]), kwargs)
+
+
+def _by_name(forward: Callable[..., Any], owner: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward call by name."""
+    if not args:
+        return dict(kwargs)
+    names = [n for n in inspect.signature(inspect.unwrap(forward)).parameters if n != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _extend_labels(labels: Tensor, keys: int) -> Tensor:
+    return torch.nn.functional.pad(labels, (0, keys - labels.shape[1]))
+
+
+__all__ = ["BACKENDS", "Session", "attach", "lock_of"]
