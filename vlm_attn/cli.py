@@ -40,7 +40,7 @@ out = Console()
 err = Console(stderr=True)
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, PermissionError)
-EXTRA_OF = {"gradio": "demo", "lmms_eval": "eval", "datasets": "eval", "matplotlib": "eval", "scipy": "eval"}
+EXTRA_OF = {"gradio": "demo", "lmms_eval": "eval", "datasets": "eval", "matplotlib": "eval"}
 
 
 class Listing(StrEnum):
