@@ -1,0 +1,63 @@
+"""Builds ``results.json`` from the harness's figures and the stored samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_attn.evaluation.config import EvalConfig, method_hash
+from vlm_attn.evaluation.recorder import RunRecorder
+from vlm_attn.evaluation.summary import compare, kept_tokens, latency, rater_for
+
+__all__ = ["HARNESS_KEYS", "assemble"]
+
+HARNESS_KEYS = ("configs", "versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks")
+
+
+def assemble(
+    config: EvalConfig,
+    described: Mapping[str, Any],
+    harness: Mapping[str, Mapping[str, Any]],
+    recorder: RunRecorder,
+    failed: Mapping[str, str],
+    env: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The whole content of ``results.json``. Everything but ``latency`` and ``env`` is a function of the samples."""
+    baseline = config.methods[0].label
+    options = {"seed": config.seed, "resamples": config.resamples}
+    scores: dict[str, Any] = {}
+    paired: dict[str, Any] = {}
+    times: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
+    for label in harness:
+        digest = method_hash(described[label])
+        for part in (scores, times, kept):
+            part[label] = {}
+        for benchmark in config.benchmarks:
+            task = benchmark.name
+            rows = recorder.samples(digest, task)
+            times[label][task] = latency(recorder.timings(digest, task), config.warmup)
+            kept[label][task] = kept_tokens(rows)
+            rater = rater_for(task, config.parser)
+            if rater is None or not rows:
+                continue
+            scores[label][task] = rater.score(rows, **options)
+            if label != baseline:
+                before = recorder.samples(method_hash(described[baseline]), task)
+                paired.setdefault(label, {})[task] = {"baseline": baseline, **compare(rater, before, rows, **options)}
+    first = next(iter(harness.values()), {})
+    return {
+        "results": {label: result["results"] for label, result in harness.items()},
+        **{key: first.get(key, {}) for key in HARNESS_KEYS},
+        "lmms_eval_version": first.get("lmms_eval_version"),
+        "model": config.model,
+        "baseline": baseline,
+        "config": config.resolved(),
+        "method": {label: {"config": described[label], "hash": method_hash(described[label])} for label in described},
+        "scores": scores,
+        "paired": paired,
+        "kept_tokens": kept,
+        "latency": times,
+        "failed": dict(failed),
+        "env": dict(env),
+    }

@@ -1,0 +1,232 @@
+"""One self-contained HTML page of a result file: tables, plots, spoiled samples with their pictures, settings.
+
+No script, no font, no image is loaded from anywhere; every text from a model or a file is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vlm_attn.evaluation import tables
+from vlm_attn.evaluation.plots import all_plots, colours, is_control, short
+from vlm_attn.evaluation.recorder import RunRecorder
+from vlm_attn.evaluation.store import write_text
+from vlm_attn.evaluation.summary import LOWER_IS_BETTER, Rater, flips, rater_for
+
+__all__ = ["build_report", "write_report"]
+
+_STYLE = """
+:root { color-scheme: light; --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --good: #2f855a; --bad: #c53030; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f7fa; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 1280px; margin: 0 auto; padding: 28px 20px 60px; }
+header h1 { margin: 0 0 2px; font-size: 26px; }
+header p, .note { color: var(--soft); margin: 4px 0 0; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px; margin-top: 20px; }
+h2 { margin: 0 0 8px; font-size: 18px; } h3 { margin: 18px 0 6px; font-size: 15px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; width: 100%; }
+th, td { padding: 5px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+td small { color: var(--soft); } tr.control td:first-child { color: var(--soft); } tr.base td { font-weight: 600; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
+figure { margin: 0; } figure svg { max-width: 100%; height: auto; } figcaption { color: var(--soft); font-size: 13px; }
+.flips { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
+.flip { display: flex; gap: 12px; border: 1px solid var(--line); border-radius: 8px; padding: 10px; font-size: 13px; }
+.flip img { width: 112px; height: 112px; object-fit: contain; border-radius: 6px; background: #f5f7fa; }
+.flip p { margin: 0 0 4px; } .flip .who { color: var(--soft); font-size: 12px; }
+code, pre { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { background: #f5f7fa; border-radius: 6px; padding: 10px 12px; overflow-x: auto; margin: 6px 0; }
+details summary { cursor: pointer; color: var(--soft); }
+"""
+
+
+def write_report(path: Path, results: Mapping[str, Any], recorder: RunRecorder) -> Path:
+    """Write the page (atomically) and return its path."""
+    write_text(path, build_report(results, recorder))
+    return path
+
+
+def build_report(results: Mapping[str, Any], recorder: RunRecorder) -> str:
+    """The whole page as text."""
+    parts = [_head(results)]
+    parts += [f"<section><h2>{escape(short(task))}</h2>{table}</section>" for task, table in _tables(results)]
+    for title, caption, svg in all_plots(results):
+        parts.append(f"<section><h2>{escape(title)}</h2><figure><div class='scroll'>{svg}</div>"
+                     f"<figcaption>{escape(caption)}</figcaption></figure></section>")  # fmt: skip
+    parts += [_flips(results, recorder), _parsers(results), _settings(results)]
+    title = escape(f"vlm-attn: {results['model']}")
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
+            f"content='width=device-width'><title>{title}</title><style>{_STYLE}</style></head>"
+            f"<body><main>{''.join(parts)}</main></body></html>\n")  # fmt: skip
+
+
+def _head(results: Mapping[str, Any]) -> str:
+    env = results["env"]
+    versions = env.get("versions", {})
+    where = ", ".join(str(env[key]) for key in ("device", "dtype", "attention") if key in env)
+    with_ = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "transformers", "lmms-eval") if name in versions
+    )
+    failed = "".join(f"<p class='bad'>{escape(label)} was not finished: {escape(message)}</p>"
+                     for label, message in results["failed"].items())  # fmt: skip
+    n = len(results["results"])
+    return (
+        f"<header><h1>Evaluation of {escape(results['model'])}</h1>"
+        f"<p>{n} column{'s' * (n != 1)} on {len(results['config']['benchmarks'])} benchmarks, every sample through "
+        f"lmms-eval. {escape(where)}; {escape(with_)}; {env.get('threads', '?')} threads.</p>{failed}</header>"
+    )
+
+
+def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """``(task, html table)`` for every benchmark with scores."""
+    hues = colours(results)
+    for benchmark in results["config"]["benchmarks"]:
+        task = benchmark["name"]
+        rows = {label: tasks[task] for label, tasks in results["scores"].items() if task in tasks}
+        if not rows:
+            continue
+        first = next(iter(rows.values()))
+        names = tables.METRICS[first["kind"]]
+        compared = tables.COMPARED[first["kind"]]
+        heads = ["method", *(tables.title(name) for name in names), f"Δ {tables.title(compared)} [95 %]"]
+        heads += ["McNemar p"] if first["kind"] != "chair" else ["p"]
+        heads += ["tokens kept", "1st token", "per token", "total ms", "p90"]
+        lines = []
+        for label, score in rows.items():
+            pair = results["paired"].get(label, {}).get(task)
+            cells = [f"<span class='dot' style='background:{hues[label]}'></span>{escape(label)}"]
+            cells += [f"{tables.shown(name, score['metrics'][name])} <small>±"
+                      f"{tables.half_width(name, score['intervals'][name])}</small>" for name in names]  # fmt: skip
+            cells += _compared(pair, compared)
+            kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
+            cells.append(f"{kept['kept_tokens']:.0f} of {kept['visual_tokens']:.0f}" if kept else "–")
+            cells += [tables.milliseconds(times, name) for name in ("first_token_s", "decode_s_per_token", "total_s")]
+            cells.append(f"{1000 * times['total_s']['p90']:.0f}" if "total_s" in times else "–")
+            kind = "base" if label == results["baseline"] else "control" if is_control(results, label) else ""
+            lines.append(f"<tr class='{kind}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+        reading = f", answers read by the <code>{escape(first['parser'])}</code> parser" if "parser" in first else ""
+        warm = results["config"]["warmup"]
+        note = (f"<p class='note'>{first['n']} samples on {first['images']} pictures{reading}. Percent, ± half of the "
+                f"95 % interval; times are medians in ms over the samples after {warm} warm-ups.</p>")  # fmt: skip
+        yield task, f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>{note}"
+
+
+def _compared(pair: Mapping[str, Any] | None, metric: str) -> list[str]:
+    if pair is None:
+        return ["", ""]
+    difference = pair["difference"][metric]
+    sign = "+" if difference["value"] >= 0 else "−"
+    low, high = (tables.shown(metric, difference[end]) for end in ("low", "high"))
+    text = f"{sign}{tables.shown(metric, abs(difference['value']))} <small>[{low}, {high}]</small>"
+    if not difference["low"] <= 0 <= difference["high"]:
+        better = (difference["value"] < 0) == (metric in LOWER_IS_BETTER)
+        text = f"<span class='{'good' if better else 'bad'}'>{text}</span>"
+    p = pair["mcnemar"]["p"] if "mcnemar" in pair else difference["p"]
+    return [text, "&lt; 0.001" if p < 0.001 else f"{p:.3f}"]
+
+
+def _flips(results: Mapping[str, Any], recorder: RunRecorder) -> str:
+    """Samples that were right under the baseline and are wrong under a method, with their pictures."""
+    blocks = []
+    baseline = results["method"][results["baseline"]]["hash"]
+    for label in results["paired"]:
+        cards = []
+        for benchmark in results["config"]["benchmarks"]:
+            rater = rater_for(benchmark["name"], results["config"]["parser"])
+            if rater is None:
+                continue
+            before = recorder.samples(baseline, benchmark["name"])
+            after = recorder.samples(results["method"][label]["hash"], benchmark["name"])
+            cards += [_card(benchmark["name"], rater, *pair) for pair in flips(rater, before, after, most=2)]
+        if cards:
+            blocks.append(f"<h3>{escape(label)}</h3><div class='flips'>{''.join(cards[:6])}</div>")
+    body = "".join(blocks) or "<p class='note'>None: no method turned a right answer into a wrong one.</p>"
+    return (
+        f"<section><h2>Worst flips</h2><p class='note'>Right under the baseline and wrong under the method, or the "
+        f"captions that gained most hallucinated objects; at most two per benchmark.</p>{body}</section>"
+    )
+
+
+def _card(task: str, rater: Rater, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    doc = before["doc"]
+    truth = ", ".join(doc["truth"]) if "truth" in doc else str(doc.get("label", doc.get("answer", "")))
+    return (
+        f"<div class='flip'>{_picture(task, doc)}<div><p class='who'>{escape(short(task))}, sample "
+        f"{before['doc_id']}</p><p>{escape(before['prompt'][:300])}</p><p>truth: <b>{escape(truth)}</b></p>"
+        f"<p>baseline: {_answer(before, rater)}</p><p>method: {_answer(after, rater)}</p></div></div>"
+    )
+
+
+def _answer(row: Mapping[str, Any], rater: Rater) -> str:
+    """The answer, hallucinated objects marked."""
+    text = escape(row["text"].strip()[:400]) or "<i>(empty)</i>"
+    if rater.kind != "chair":
+        return text
+    from vlm_attn.evaluation.chair import count_caption
+    from vlm_attn.evaluation.scenes_docs import object_words
+
+    bad = sorted(set(count_caption(row["text"], row["doc"]["truth"], object_words()).hallucinated))
+    return f"{text} <span class='bad'>({escape(', '.join(bad))} not there)</span>" if bad else text
+
+
+def _picture(task: str, doc: Mapping[str, Any]) -> str:
+    """The sample's picture as an inline PNG, where the package can draw it."""
+    if not task.startswith("scenes_"):
+        return ""
+    from vlm_attn.evaluation.scenes_docs import picture
+
+    buffer = io.BytesIO()
+    picture(doc).save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='the picture' src='data:image/png;base64,{data}'>"
+
+
+def _parsers(results: Mapping[str, Any]) -> str:
+    """All POPE parsers beside each other: same answers, different readings."""
+    blocks = []
+    for benchmark in results["config"]["benchmarks"]:
+        task = benchmark["name"]
+        scored = {label: tasks[task] for label, tasks in results["scores"].items() if "parsers" in tasks.get(task, {})}
+        if not scored:
+            continue
+        names = list(next(iter(scored.values()))["parsers"])
+        head = "".join(f"<th>{escape(name)}</th>" for name in ["method", *names])
+        lines = []
+        for label, score in scored.items():
+            cells = []
+            for name in names:
+                one = score["parsers"][name]
+                unknown = f", {100 * one['unknown_rate']:.1f} % unknown" if one["unknown"] else ""
+                cells.append(f"{100 * one['accuracy']:.1f} / {100 * one['f1']:.1f} <small>yes "
+                             f"{100 * one['yes_ratio']:.0f} %{unknown}</small>")  # fmt: skip
+            lines.append(f"<tr><td>{escape(label)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        blocks.append(f"<details><summary>{escape(short(task))}</summary><div class='scroll'><table><tr>{head}</tr>"
+                      f"{''.join(lines)}</table></div></details>")  # fmt: skip
+    if not blocks:
+        return ""
+    return (f"<section><h2>The same answers, read by every parser</h2><p class='note'>Accuracy / F1 in percent, "
+            f"and the share of predicted yes.</p>{''.join(blocks)}</section>")  # fmt: skip
+
+
+def _settings(results: Mapping[str, Any]) -> str:
+    methods = "".join(
+        f"<tr><td>{escape(label)}</td><td style='text-align:left'><code>"
+        f"{escape(json.dumps(method['config'], sort_keys=True))}</code></td><td><code>{method['hash']}</code></td>"
+        f"</tr>"
+        for label, method in results["method"].items()
+    )
+    data = {"config": results["config"], "env": results["env"], "lmms_eval": results["lmms_eval_version"]}
+    return (f"<section><h2>How it was made</h2><p class='note'>Repeat it with <code>vlm-attn eval config.yaml</code>, "
+            f"the file beside this page.</p><div class='scroll'><table><tr><th>column</th>"
+            f"<th style='text-align:left'>method</th><th>hash</th></tr>{methods}</table></div><details><summary>"
+            f"Settings and versions</summary><pre>{escape(json.dumps(data, indent=2, sort_keys=True))}</pre></details>"
+            f"</section>")  # fmt: skip

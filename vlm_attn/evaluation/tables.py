@@ -1,0 +1,143 @@
+"""Result tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from vlm_attn.evaluation.summary import LOWER_IS_BETTER
+
+__all__ = ["COMPARED", "METRICS", "half_width", "milliseconds", "result_tables", "shown", "title"]
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "pope": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
+    "chair": ("chair_s", "chair_i", "recall", "precision", "len_words"),
+    "mme": ("score", "acc", "acc_plus"),
+}
+"""What full tables show; the terminal leaves out `_WIDE` to fit."""
+COMPARED = {"pope": "accuracy", "chair": "chair_i", "mme": "acc"}
+"""The metric whose paired difference is shown."""
+_WIDE = ("precision",)
+_NAMES = {
+    "accuracy": "acc",
+    "chair_s": "CHAIRs",
+    "chair_i": "CHAIRi",
+    "f1": "F1",
+    "yes_ratio": "yes",
+    "len_words": "words",
+    "acc_plus": "acc+",
+}
+_ABSOLUTE = ("len_words", "len_tokens", "score")
+
+
+def title(name: str) -> str:
+    """A metric's column title."""
+    return _NAMES.get(name, name)
+
+
+def shown(name: str, value: float) -> str:
+    """A metric as it is printed: percent, except lengths and MME scores."""
+    return f"{value:.1f}" if name in _ABSOLUTE else f"{100 * value:.1f}"
+
+
+def half_width(name: str, interval: Mapping[str, float]) -> str:
+    return shown(name, (interval["high"] - interval["low"]) / 2)
+
+
+def milliseconds(times: Mapping[str, Any], name: str) -> str:
+    """A median time in ms, one digit below 10 ms."""
+    if name not in times:
+        return "-"
+    value = 1000 * times[name]["median"]
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def result_tables(results: Mapping[str, Any]) -> RenderableType:
+    """One table per benchmark: scores with 95 % half-widths, difference to the baseline, tokens kept, latency."""
+    parts: list[RenderableType] = []
+    for benchmark in results["config"]["benchmarks"]:
+        task = benchmark["name"]
+        rows = {label: tasks[task] for label, tasks in results["scores"].items() if task in tasks}
+        parts.append(_scored(results, task, rows) if rows else _plain(results, task))
+    for label, message in results["failed"].items():
+        parts.append(Text(f"{label}: not finished ({message})", style="red"))
+    parts.append(
+        Text(
+            "Percent, ± half of the 95 % interval (bootstrap over pictures; Wilson for acc and CHAIRs). Δ and p are "
+            "paired with the baseline; * interval without 0, not corrected for the number of methods. "
+            "CHAIR: lower is better, read it with recall and length. Times: median ms.",
+            style="dim",
+        )
+    )
+    return Group(*parts)
+
+
+def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> Table:
+    first = next(iter(rows.values()))
+    kind = first["kind"]
+    reading = f", parser {first['parser']}" if kind == "pope" else ""
+    table = Table(
+        title=f"{task}  (n = {first['n']}, {first['images']} pictures{reading})",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    names = [name for name in METRICS[kind] if name not in _WIDE]
+    table.add_column("method", overflow="fold")
+    for name in names:
+        table.add_column(title(name), justify="right", no_wrap=True)
+    compared = COMPARED[kind]
+    for name in (f"Δ {title(compared)} [95 %]", "p", "kept", "1st ms", "ms/tok", "ms"):
+        table.add_column(name, justify="right", no_wrap=not name.startswith("Δ"))
+    for label, score in rows.items():
+        cells = [label]
+        for name in names:
+            spread = f"±{half_width(name, score['intervals'][name])}"
+            cells.append(f"{shown(name, score['metrics'][name])}[dim]{spread}[/dim]")
+        pair = results["paired"].get(label, {}).get(task)
+        if pair:
+            p = pair["mcnemar"]["p"] if "mcnemar" in pair else pair["difference"][compared]["p"]
+            cells += [_difference(compared, pair["difference"][compared]), f"{p:.3f}"]
+        else:
+            cells += ["", ""]
+        kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
+        cells.append(f"{100 * kept['keep_ratio']:.0f}%" if kept else "-")
+        cells += [milliseconds(times, name) for name in ("first_token_s", "decode_s_per_token", "total_s")]
+        table.add_row(*cells)
+    return table
+
+
+def _difference(name: str, difference: Mapping[str, float]) -> str:
+    low, high, value = difference["low"], difference["high"], difference["value"]
+    sign = "+" if value >= 0 else "-"
+    text = f"{sign}{shown(name, abs(value))} [dim]\\[{shown(name, low)}, {shown(name, high)}][/dim]"
+    if low <= 0 <= high:
+        return text
+    better = (value < 0) == (name in LOWER_IS_BETTER)
+    return f"[{'green' if better else 'red'}]{text}*[/]"
+
+
+def _plain(results: Mapping[str, Any], task: str) -> Table:
+    """A benchmark we have no statistics for: lmms-eval's own figures."""
+    table = Table(title=f"{task}  (lmms-eval's own figures)", title_justify="left", title_style="bold")
+    names = sorted(
+        {
+            name
+            for tasks in results["results"].values()
+            for name, value in tasks.get(task, {}).items()
+            if isinstance(value, int | float) and "stderr" not in name
+        }
+    )
+    for name in ("method", *names):
+        table.add_column(name.split(",")[0])
+    for label, tasks in results["results"].items():
+        found = tasks.get(task, {})
+        table.add_row(label, *(f"{found[name]:.4g}" if name in found else "-" for name in names))
+    return table
