@@ -1,0 +1,1 @@
+"""The demo page of vlm-attn: one picture, one question, two methods side by side."""
