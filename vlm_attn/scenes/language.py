@@ -58,7 +58,7 @@ class Annotator:
             instead of the picture.
     """
 
-    rates: tuple[float, float] = (0.75, 0.4)
+    rates: tuple[float, float] = (0.85, 0.7)
     murky: float = 0.2
     answer_share: float = 0.9
 

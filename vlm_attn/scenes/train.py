@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vlm_attn.scenes.train", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/scenes"), help="folder of the resumable state")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder to write")
-    parser.add_argument("--vision-steps", type=int, default=1600, help="steps of the vision stage")
+    parser.add_argument("--vision-steps", type=int, default=1200, help="steps of the vision stage")
     parser.add_argument("--vision-batch", type=int, default=32, help="pictures per vision step")
     parser.add_argument("--steps", type=int, default=3000, help="steps of the language stage")
     parser.add_argument("--batch", type=int, default=16, help="pictures per language step")
@@ -247,7 +247,7 @@ def train_language(
     run_stage(
         "language",
         modules,
-        [{"params": fast, "scale": 1.0}, {"params": slow, "scale": 0.2}],
+        [{"params": fast, "scale": 1.0}, {"params": slow, "scale": 0.3}],
         step_loss,
         steps=options.steps,
         rate=options.rate,
