@@ -31,6 +31,18 @@ def add_noise(pixels: Tensor, epsilon: Tensor, step: int) -> Tensor:
     return root * pixels + math.sqrt(1 - root * root) * epsilon
 
 
+class CacheFree(Dense):
+    """Prompt and answer in one forward; a generated placeholder token is a word like any other."""
+
+    def __init__(self, model: nn.Module, prompt: int) -> None:
+        super().__init__(model)
+        self.prompt = prompt
+
+    def find_visual(self, ids: Tensor) -> Tensor:
+        """Placeholders of the prompt."""
+        return super().find_visual(ids) & (torch.arange(len(ids)) < self.prompt)
+
+
 def vcd(
     model: nn.Module, ids: Tensor, pixels: Tensor, noised: Tensor, forced: list[int], alpha: float, beta: float
 ) -> Tensor:
@@ -39,8 +51,8 @@ def vcd(
     rows = []
     for step in range(len(forced) + 1):
         prompt = torch.cat([ids, torch.tensor(forced[:step], dtype=torch.long)])
-        logits = Dense(model).run(prompt, plain)[0]
-        other = Dense(model).run(prompt, altered)[0]
+        logits = CacheFree(model, len(ids)).run(prompt, plain)[0]
+        other = CacheFree(model, len(ids)).run(prompt, altered)[0]
         rows.append(contrast(logits, other, alpha, beta))
     return torch.stack(rows)
 

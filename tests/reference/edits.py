@@ -85,7 +85,7 @@ class Var(Dense):
                 omega = (1 - self.keep) * m_s
                 edited[head, row, donors] = self.keep * a[donors]
                 edited[head, row, v0] = a[v0] + omega * a[v0] / m_v0
-                self.edited += 1
+                self.edited += int((edited[head, row] != a).any())
         return edited
 
 

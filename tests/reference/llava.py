@@ -50,11 +50,15 @@ class Dense:
         """Head outputs before `o_proj` `[H, rows, d]` in, outputs out."""
         return outputs
 
+    def find_visual(self, ids: Tensor) -> Tensor:
+        """Bool `[n]`: image placeholders of the prompt."""
+        return ids == self.image_id
+
     # -- the decoder -----------------------------------------------------------------------------------------------
     @torch.no_grad()
     def run(self, ids: Tensor, features: Tensor | None, forced: list[int] | Tensor = ()) -> Tensor:
         """Logits `[1 + len(forced), V]`: of the last prompt row, then after each forced token."""
-        self.visual = ids == self.image_id
+        self.visual = self.find_visual(ids)
         self.cache: list[tuple[Tensor, Tensor]] = [
             (torch.empty(self.kv_heads, 0, self.head_dim), torch.empty(self.kv_heads, 0, self.head_dim))
             for _ in range(self.depth)

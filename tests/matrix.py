@@ -1,0 +1,110 @@
+"""The test matrix: one row per method. A method without a row here fails `test_architecture.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import models
+from tests.reference import edits, pruning
+from tests.reference.llava import Dense
+
+SINKS = {"sink_dims": (3, 7), "tau": 1.6}  # the tiny random models have sinks there
+Reference = Callable[[Any, dict[str, Any], Any, int], Dense]
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a method is tested.
+
+    Attributes:
+        default: per-checkpoint data only, all else at the method's defaults.
+        variants: parameters for the comparison with the dense reference.
+        reference: dense reference for (model, parameters, session facts, row of the batch), if it acts on logits.
+        seeded: draws random numbers, so that rows of a batch may differ from singles.
+        acts_on: "logits" (raw), "scores" (after the decode stage), "picture" (before the processor) or "nothing".
+    """
+
+    default: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ({},)
+    reference: Reference | None = None
+    seeded: bool = False
+    acts_on: str = "logits"
+
+
+def given_kept(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
+    """Masking with the kept set that the session reports."""
+    layer = params.get("layer", 2)
+    pad = int((~last.tokens.valid[row]).sum())
+    return pruning.Masked(model, layer, [last.kept(layer)[row] - pad])
+
+
+def fastv(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
+    """Own selection."""
+    return pruning.FastV(model, params.get("layer", 2), params.get("keep", 0.5))
+
+
+class GivenDonors(edits.Var):
+    """Redistribution whose donors come from elsewhere."""
+
+    donors: dict[int, Tensor]
+
+    def on_layer_input(self, layer: int, x: Tensor, prefill: bool) -> None:
+        """Takes the donors as given."""
+        if prefill and layer in self.layers:
+            self.sinks[layer] = self.donors[layer]
+
+
+def placebo(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
+    """VAR's redistribution with the donors that the session drew."""
+    allowed = {"visual_mass_min", "rho_nonsink", "keep", "first_layer", "skip_last"}
+    reference = GivenDonors(model, (0,), 0.0, **{k: v for k, v in params.items() if k in allowed})
+    pad = int((~last.tokens.valid[row]).sum())
+    reference.donors = {layer: labels[row, pad:] >= 2 for (_, layer), labels in last.labels.items()}
+    return reference
+
+
+MATRIX: dict[str, Row] = {
+    "noop": Row(reference=lambda model, params, last, row: Dense(model), acts_on="nothing"),
+    "fastv": Row(variants=({}, {"layer": 1, "keep": 5}, {"layer": 3, "keep": 0.25}, {"keep": 1}), reference=fastv),
+    "random_prune": Row(
+        variants=({}, {"layer": 0, "keep": 5}, {"layer": 3, "keep": 0.25, "seed": 3}),
+        reference=given_kept,
+        seeded=True,
+    ),
+    "uniform_prune": Row(variants=({}, {"layer": 0, "keep": 5}, {"layer": 1, "keep": 0.25}), reference=given_kept),
+    "var": Row(
+        default=SINKS,
+        variants=(
+            SINKS,
+            {**SINKS, "keep": 0.0, "first_layer": 0, "skip_last": False},
+            {**SINKS, "include_text_sinks": False, "need_visual_sink": False, "visual_mass_min": 0.4},
+            {**SINKS, "rho_nonsink": 0.8, "first_layer": 1},
+        ),
+        reference=lambda model, params, last, row: edits.Var(model, **params),
+    ),
+    "placebo": Row(default={}, variants=({}, {"first_layer": 1, "keep": 0.1}), reference=placebo, seeded=True),
+    "vhr": Row(
+        variants=({}, {"alpha": 0.5, "last_layers": 1, "filter_outliers": False}, {"include_layer1": False}),
+        reference=lambda model, params, last, row: edits.Vhr(model, **params),
+    ),
+    "vcd": Row(variants=({}, {"alpha": 0.5, "beta": 0.3, "noise_step": 800}), seeded=True, acts_on="scores"),
+    "carve": Row(acts_on="picture"),
+}
+
+TENSOR_METHODS = [name for name, row in MATRIX.items() if row.reference is not None]
+
+
+def visual_kept(last: Any, layer: int, row: int) -> list[int]:
+    """Kept visual ranks `0..N-1` of one sample."""
+    return last.kept_visual(layer)[row].tolist()
+
+
+def batch_inputs(kind: str) -> tuple[models.Batch, dict[str, torch.Tensor]]:
+    """Batch and keyword arguments by name."""
+    batch = models.BATCHES[kind]()
+    return batch, batch.inputs()

@@ -1,0 +1,96 @@
+"""The demo page in headless Chromium, driven as a visitor would."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from .test_demo import make_upload
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: install Debian's package chromium to run this test"),
+]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    pytest.importorskip("gradio", reason='the demo needs gradio: pip install "vlm-attn[demo]"')
+    from vlm_attn_demo.run import serve
+
+    found: list[str] = []
+    page = serve("scenes", port=0, ready=found.append, block=False)
+    yield found[0]
+    page.close()
+
+
+@pytest.fixture
+def visitor(address: str) -> Iterator[Any]:
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
+    with sync.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(90_000)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#ask")
+        yield page
+        browser.close()
+        outside = {urlsplit(url).netloc for url in asked if urlsplit(url).scheme in ("http", "https", "ws", "wss")}
+        assert outside == {urlsplit(address).netloc}, f"the page asked elsewhere: {outside}"
+
+
+def ask(page: Any) -> str:
+    """Presses the button and waits for the closing status."""
+    page.click("#ask")
+    page.wait_for_selector("#status .busy")
+    page.wait_for_selector("#status .ok, #status .error")
+    return str(page.inner_text("#status"))
+
+
+def test_a_visit(visitor: Any, tmp_path: Path) -> None:
+    page = visitor
+    # an example picture, two methods, answers, overlays
+    page.locator("#examples button").nth(3).click()
+    page.wait_for_selector("#status .ok")
+    page.fill("#question textarea", "Describe this image.")
+    page.click("#parameters-B button")
+    page.fill("#B-fastv-keep textarea, #B-fastv-keep input", "24")
+    assert ask(page) == "Done."
+    assert page.input_value("#answer-A textarea").strip() and page.input_value("#answer-B textarea").strip()
+    assert "100 of 100" in page.inner_text("#facts-A") and "24 of 100" in page.inner_text("#facts-B")
+    page.wait_for_selector("#heat img")
+    for name in ("mask-A", "mask-B", "heat"):
+        image = page.locator(f"#{name} img").first
+        image.wait_for()
+        assert image.evaluate("async e => { await e.decode(); return e.naturalWidth }") == 480
+
+    # bad files: said clearly, and the page goes on working
+    for kind, message in (("text", "not a readable picture"), ("truncated", "truncated"), ("bomb", "15000 x 15000")):
+        page.set_input_files("#upload input[type=file]", make_upload(tmp_path, kind))
+        page.wait_for_selector(f"#status .error:has-text('{message}')")
+        assert str(tmp_path) not in page.inner_text("#status")
+    page.set_input_files("#upload input[type=file]", make_upload(tmp_path, "good"))
+    page.wait_for_selector("#status .ok:has-text('200 x 300')")
+    assert page.input_value("#answer-A textarea") == ""
+
+    # a value out of range is said, the other side answers; another method brings its own controls
+    page.fill("#B-fastv-layer input", "99")
+    assert "layer=99 is not a layer of this model" in ask(page)
+    assert page.input_value("#answer-A textarea").strip() and not page.input_value("#answer-B textarea")
+    page.click("#method-B input")
+    page.get_by_role("option", name="vcd").click()
+    page.wait_for_selector("#B-vcd-alpha")
+    assert ask(page) == "Done."
