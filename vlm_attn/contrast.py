@@ -48,7 +48,7 @@ class ContrastProcessor(LogitsProcessor):
         arguments = request.image_kwargs
         if arguments is None:
             raise UnsupportedError(
-                f"{self.method.name} alters the picture, so it needs pixel_values: do not pass precomputed image features"
+                f"{self.method.name} alters the picture, so it needs pixel_values, not precomputed image features"
             )
         features = session.family.encode(
             {**arguments, "pixel_values": self.method.alter_pixels(arguments["pixel_values"])}

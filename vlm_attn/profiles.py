@@ -95,7 +95,8 @@ class Profile:
             raise ValueError(f"profile {path} was written by a newer vlm-attn: upgrade, or calibrate again")
         if data.get("signature") != signature:
             raise ValueError(
-                f"profile {path} belongs to a model with {data.get('signature')}, this one has {signature}: calibrate again"
+                f"profile {path} belongs to a model with {data.get('signature')}, this one has {signature}: "
+                "calibrate again"
             )
         return cls(str(data.get("checkpoint", "")), signature, data["entries"])
 

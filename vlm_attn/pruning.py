@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .attention import masks
+from .errors import UnsupportedError
+from .families import Family
 from .request import PruneStage, Request
 from .tokens import TokenMap
 
@@ -122,4 +124,37 @@ def lm_decode(pruned: PruneStage, request: Request, kwargs: dict[str, Any], past
     if kwargs.get("position_ids") is None:
         start = past + length - pruned.idx.shape[1]
         out["position_ids"] = torch.arange(start, start + queries, device=rows.device)[None]
+    return out
+
+
+def visible(tokens: TokenMap, family: Family, processor: Any, sizes: list[list[tuple[int, int]]] | None) -> Tensor:
+    """bool ``[B, N]``, False at visual tokens that show only padding.
+
+    Args:
+        processor: the model's processor; its image processor says whether pictures are padded at all.
+        sizes: original (width, height) per sample and image; only needed when it pads.
+
+    Raises:
+        UnsupportedError: the processor or the sizes are needed and not known.
+    """
+    image_processor = getattr(processor, "image_processor", processor)
+    if image_processor is None:
+        raise UnsupportedError("pad_mask needs the processor: attach(model, method, processor=...) or vlm_attn.wrap")
+    out = torch.ones_like(tokens.vis)
+    if not getattr(image_processor, "do_pad", False):
+        return out
+    if not sizes or tokens.batch % len(sizes):
+        raise UnsupportedError(
+            "pad_mask on a padding processor needs the original picture sizes: use vlm.ask(...), or set "
+            "session.image_sizes = [[(width, height), ...] per sample] before generate"
+        )
+    copies = tokens.batch // len(sizes)  # beams and several return sequences repeat each sample
+    for row in range(tokens.batch):
+        for image, (size, grid) in enumerate(zip(sizes[row // copies], tokens.grids[row], strict=True)):
+            if grid is None:
+                continue
+            seen = family.geometry(image_processor, size, grid).visible().to(out.device)
+            slots = ((tokens.img_id[row] == image) & tokens.vis[row]).nonzero()[:, 0]
+            cells = tokens.cell[row, slots]
+            out[row, slots] = seen[cells[:, 0], cells[:, 1]]
     return out

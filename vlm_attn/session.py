@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from . import profiles, pruning
 from .attention import interface
-from .attention.masks import BACKENDS
-from .attention.plans import Call, edit_rows, with_bias
+from .attention.plans import Call, with_bias
 from .contrast import ContrastProcessor
+from .edits import Edits
 from .errors import AttachError, UnsupportedError
 from .families import resolve
 from .guards import check_generate
@@ -30,7 +30,7 @@ from .profiles import Profile
 from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
 from .request import Request
-from .stages import Contrast, EditView, HeadScale, KeyBias, Method, Prune, PruneView, Refine, SegmentEdit, Site
+from .stages import Contrast, Method, Prune, PruneView, Refine, Site
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _ATTACHED: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
@@ -75,12 +75,7 @@ class Session:
         self.prune = next((m for m in self.methods if isinstance(m, Prune)), None)
         self.refine = next((m for m in self.methods if isinstance(m, Refine)), None)
         self.contrast = next((m for m in self.methods if isinstance(m, Contrast)), None)
-        self.segment_edits = [(i, m) for i, m in enumerate(self.methods) if isinstance(m, SegmentEdit)]
-        self.key_biases = [(i, m) for i, m in enumerate(self.methods) if isinstance(m, KeyBias)]
-        self.head_scales = [(i, m) for i, m in enumerate(self.methods) if isinstance(m, HeadScale)]
-        self._layers_of = {
-            i: m.edit_layers(self.info) for i, m in [*self.segment_edits, *self.key_biases, *self.head_scales]
-        }
+        self.edits = Edits(self.methods, self.info)
         self.sites: dict[int, Site] = {s.layer: s for s in self.prune.sites()} if self.prune else {}
         self.request: Request | None = None
         self.image_sizes: list[list[tuple[int, int]]] | None = None
@@ -89,6 +84,9 @@ class Session:
         self._suspended = 0
         self._capture: dict[int, Tensor] | None = None
         self._fresh = False
+        self._prompt_kwargs: dict[str, Any] = {}
+        self._image_call: tuple[dict[str, Any], float] | None = None
+        self._lm_start: float | None = None
         self._undo: list[Callable[[], None]] = []
         self.attached = False
         self._install()
@@ -108,13 +106,14 @@ class Session:
             self.causal = bool(getattr(self.family.attention(0), "is_causal", True))
             try:
                 _ATTACHED[self.model] = self
-                self._undo.append(lambda: _ATTACHED.pop(self.model, None))
+                self._undo.append(functools.partial(_forget, self.model))
                 self._switch(name)
                 for number, layer in enumerate(self.family.layers):
-                    interface.connect(layer.self_attn, self)
-                    self._undo.append(functools.partial(interface.disconnect, layer.self_attn))
+                    attention = self.family.attention(number)
+                    interface.connect(attention, self)
+                    self._undo.append(functools.partial(interface.disconnect, attention))
                     self._pre_hook(layer, functools.partial(self._before_layer, number))
-                    self._pre_hook(layer.self_attn.o_proj, functools.partial(self._before_o_proj, number))
+                    self._pre_hook(attention.o_proj, functools.partial(self._before_o_proj, number))
                 self._pre_hook(self.model, self._before_model)
                 self._pre_hook(self.family.base, self._before_base)
                 self._pre_hook(lm, self._before_lm)
@@ -172,6 +171,11 @@ class Session:
         if self.request is None:
             raise ValueError("no request has run in this session yet")
         return self.request
+
+    @property
+    def _running(self) -> Request | None:
+        """The request whose prompt has entered the decoder, if any."""
+        return self.request if self.request is not None and self.request.prefilled else None
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
@@ -242,10 +246,9 @@ class Session:
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         tokens = self.family.token_map(ids, mask)
         request = Request(tokens=tokens, entered=tokens)
-        request.prompt_kwargs = self.__dict__.pop("_prompt_kwargs", {})
-        call = self.__dict__.pop("_image_call", None)
-        if call is not None:
-            request.image_kwargs, request.times["encode_s"] = call
+        request.prompt_kwargs, self._prompt_kwargs = self._prompt_kwargs, {}
+        if self._image_call is not None:
+            (request.image_kwargs, request.times["encode_s"]), self._image_call = self._image_call, None
         self.request, self._fresh = request, True
         self._text_stream(ids, mask)
 
@@ -254,7 +257,7 @@ class Session:
 
     def _text_stream(self, ids: Tensor, mask: Tensor | None) -> None:
         """Runs the prompt without its image once and keeps the last head outputs (head-scale methods that ask)."""
-        layers = {n for i, m in self.head_scales if m.wants_text_stream for n in self._layers_of[i]}
+        layers = self.edits.text_stream_layers
         if not layers or self.request is None:
             return
         start = time.perf_counter()
@@ -294,14 +297,14 @@ class Session:
                     request.entered = cut[0].tokens
                     return args, pruning.lm_prefill(cut[0], kwargs)
             return None
-        request_or_none = self.request
-        if request_or_none is None or not request_or_none.prefilled:
+        running = self._running
+        if running is None:
             if any(m.stage in ("prune", "edit") for m in self.methods):
                 raise UnsupportedError("this cache was filled before the method was attached: start with a new prompt")
             return None
-        request = request_or_none
+        request = running
         entered = request.entered or request.tokens
-        past = cache.get_seq_length()
+        past = int(cache.get_seq_length()) if cache is not None else 0
         if past != entered.length + request.seen - request.tokens.length or (
             request.cache_id is not None and request.cache_id != id(cache)
         ):
@@ -316,15 +319,15 @@ class Session:
     def _after_lm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._suspended or self.request is None:
             return
-        start = self.__dict__.pop("_lm_start", None)
-        if start is not None:
-            self.request.times["prefill_s"] = time.perf_counter() - start
+        if self._lm_start is not None:
+            self.request.times["prefill_s"] = time.perf_counter() - self._lm_start
+            self._lm_start = None
             cache = getattr(output, "past_key_values", None)
             self.request.cache_id = None if cache is None else id(cache)
 
     def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        request = self.request
-        if self._suspended or request is None or not request.prefilled:
+        request = self._running
+        if self._suspended or request is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
@@ -348,7 +351,7 @@ class Session:
         if pruned is not None and pruned.layer > 0:
             kwargs = pruning.prefill_inputs(pruned, kwargs, self.backend, hidden.dtype, self.causal)
             changed = True
-        self._prepare_edits(number, hidden, request)
+        self.edits.prepare(number, hidden, request)
         if not changed:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -359,46 +362,12 @@ class Session:
             raise ValueError("a prune site without a prune method")
         scores = request.scores.get(site.score) if site.score else None
         tokens = request.tokens_at(site.layer)
-        visible = self._visible(tokens) if prune.wants_padding else None
+        visible = None
+        if prune.wants_padding:
+            visible = pruning.visible(tokens, self.family, self.processor, self.image_sizes)
         return prune.keep_mask(PruneView(site, tokens, scores, visible))
 
-    def _visible(self, tokens: Any) -> Tensor:
-        """bool ``[B, N]``: visual tokens that show some of the picture (False: only padding)."""
-        processor = getattr(self.processor, "image_processor", self.processor)
-        if processor is None:
-            raise UnsupportedError(
-                "pad_mask needs the processor: attach(model, method, processor=...) or vlm_attn.wrap"
-            )
-        out = torch.ones_like(tokens.vis)
-        if not getattr(processor, "do_pad", False):
-            return out
-        if self.image_sizes is None or len(self.image_sizes) != tokens.batch:
-            raise UnsupportedError(
-                "pad_mask on a padding processor needs the original picture sizes: use vlm.ask(...), or set "
-                "session.image_sizes = [[(width, height), ...] per sample] before generate"
-            )
-        for row, sizes in enumerate(self.image_sizes):
-            for image, (size, grid) in enumerate(zip(sizes, tokens.grids[row], strict=True)):
-                if grid is None:
-                    continue
-                seen = self.family.geometry(processor, size, grid).visible().to(out.device)
-                slots = (tokens.img_id[row] == image) & tokens.vis[row]
-                cells = tokens.cell[row][slots]
-                out[row, slots] = seen[cells[:, 0], cells[:, 1]]
-        return out
-
-    # --------------------------------------------------------------------------------------------------- edits
-
-    def _prepare_edits(self, number: int, hidden: Tensor, request: Request) -> None:
-        tokens = request.tokens_at(number)
-        for i, edit in self.segment_edits:
-            if number in self._layers_of[i]:
-                view = EditView(number, tokens, hidden if edit.wants_hidden else None)
-                request.labels[i, number] = edit.labels(view)
-        for i, edit in self.key_biases:
-            if number in self._layers_of[i]:
-                view = EditView(number, tokens, hidden if edit.wants_hidden else None)
-                request.biases[i, number] = edit.bias(view)
+    # ------------------------------------------------------------------------------------------------- attention
 
     def attend(
         self,
@@ -412,95 +381,51 @@ class Session:
     ) -> interface.Result:
         """One attention call of one layer (called by the registered function)."""
         layer: int = module.layer_idx
-        request = self.request
-        active = not self._suspended and request is not None and request.prefilled
+        request = None if self._suspended else self._running
         reading = self.recorder is not None and layer in self.recorder.layers
-        if not active and not reading:
+        if request is None and not reading:
             return base(module, query, key, value, mask, **kwargs)
-        bias = self._bias(layer, key) if active else None
+        causal = kwargs.get("is_causal")
         call = Call(
             query=query,
             key=key,
             value=value,
             mask=mask,
             scaling=kwargs["scaling"],
-            causal=bool(kwargs.get("is_causal") if kwargs.get("is_causal") is not None else self.causal),
+            causal=self.causal if causal is None else bool(causal),
             softcap=kwargs.get("softcap"),
-            bias=bias,
+            bias=self.edits.bias(layer, key.shape[2], request) if request is not None else None,
         )
         q, k, v, m = with_bias(call, self.backend)
         out, weights = base(module, q, k, v, m, **kwargs)
         out = out[..., : query.shape[-1]]
         if reading and self.recorder is not None:
             self.recorder.take(layer, call)
-        if active and request is not None:
-            self._score(layer, call, request)
-            edits = [
-                (edit, _extend_labels(request.labels[i, layer], call.keys))
-                for i, edit in self.segment_edits
-                if (i, layer) in request.labels
-            ]
-            if edits:
-                rows, gate = self._edit_rows(layer, call, request, edits[0][0])
-                if rows.numel():
-                    out, edited = edit_rows(call, out, rows, gate, edits)
-                    request.edited[layer] = request.edited.get(layer, 0) + edited
+        if request is not None:
+            if call.queries == call.keys:
+                self._score(layer, call, request)
+            out = self.edits.apply(layer, call, out, request)
         return out, weights
 
-    def _bias(self, layer: int, key: Tensor) -> Tensor | None:
-        request, total = self.last, None
-        for i, _ in self.key_biases:
-            if (i, layer) in request.biases:
-                part = request.biases[i, layer]
-                part = torch.nn.functional.pad(part, (0, key.shape[2] - part.shape[-1]))
-                total = part if total is None else total + part
-        return total
-
     def _score(self, layer: int, call: Call, request: Request) -> None:
-        if call.queries != call.keys:
-            return
         for site in self.sites.values():
             if site.score is not None and site.score.layer == layer:
                 last = torch.tensor([call.queries - 1], device=call.query.device)
                 request.scores[site.score] = call.weights(last)[:, :, 0].mean(1)
 
-    def _edit_rows(self, layer: int, call: Call, request: Request, edit: SegmentEdit) -> tuple[Tensor, Tensor]:
-        """Rows to look at ``[R]`` and the samples they count in ``[B, R]``."""
-        tokens, device = request.tokens_at(layer), call.query.device
-        if call.queries != call.keys:
-            rows = torch.arange(call.queries, device=device)
-            return rows, tokens.vis.any(1, keepdim=True).expand(-1, call.queries)
-        if edit.rows == "last":
-            return torch.tensor([call.queries - 1], device=device), tokens.vis.any(1, keepdim=True)
-        gate = tokens.sees_image
-        rows = gate.any(0).nonzero()[:, 0]
-        return rows, gate[:, rows]
-
     def _before_o_proj(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x: Tensor = args[0]
-        heads = self.info.heads
         if self._capture is not None:
-            self._capture[number] = x[:, -1].reshape(x.shape[0], heads, -1)
+            self._capture[number] = x[:, -1].reshape(x.shape[0], self.info.heads, -1)
             return None
-        request = self.request
-        if self._suspended or request is None or not request.prefilled:
+        if self._suspended or self._running is None:
             return None
-        scaled = x
-        for i, edit in self.head_scales:
-            if number not in self._layers_of[i]:
-                continue
-            if (i, number) not in request.factors:
-                last = x[:, -1].reshape(x.shape[0], heads, -1)
-                factors = edit.factors(last, request.text_last.get(number))
-                # Samples without an image have nothing to be reinforced against.
-                factors = torch.where(request.tokens.vis.any(1, keepdim=True), factors, 1.0)
-                request.factors[i, number] = factors
-            factors = request.factors[i, number]
-            if bool((factors != 1).any()):
-                shape = (*x.shape[:-1], heads, -1)
-                scaled = (scaled.reshape(shape) * factors[:, None, :, None].to(x.dtype)).reshape(x.shape)
-                request.edited[number] = request.edited.get(number, 0) + int((factors != 1).sum())
+        scaled = self.edits.scale_heads(number, x, self._running)
         return None if scaled is x else ((scaled, *args[1:]), kwargs)
+
+
+def _forget(model: nn.Module) -> None:
+    _ATTACHED.pop(model, None)
 
 
 def _by_name(forward: Callable[..., Any], owner: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -511,8 +436,4 @@ def _by_name(forward: Callable[..., Any], owner: Any, args: Sequence[Any], kwarg
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _extend_labels(labels: Tensor, keys: int) -> Tensor:
-    return torch.nn.functional.pad(labels, (0, keys - labels.shape[1]))
-
-
-__all__ = ["BACKENDS", "Session", "attach", "lock_of"]
+__all__ = ["Session", "attach", "lock_of"]

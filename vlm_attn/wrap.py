@@ -110,11 +110,11 @@ class VLM:
             raise ValueError("the question is empty: ask with a non-empty text")
         if placeholder and placeholder in text:
             raise ValueError(
-                f"the text contains the image placeholder {placeholder!r}: pass pictures as images, not inside the text"
+                f"the text contains the image placeholder {placeholder!r}: pass pictures as images, not in the text"
             )
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         if getattr(self.processor, "chat_template", None):
-            return self.processor.apply_chat_template(  # type: ignore[no-any-return]
+            return self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True
             )
         return f"USER: {(placeholder or '<image>') * images}\n{text} ASSISTANT:"
@@ -203,7 +203,9 @@ class VLM:
 
 
 def _listed(image: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
+    if isinstance(image, list | tuple):
+        return list(image)
+    return [image]  # type: ignore[list-item]
 
 
 @contextlib.contextmanager

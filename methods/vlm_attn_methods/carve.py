@@ -86,7 +86,7 @@ class Carve(Refine):
         question, general = text + self.suffix, self.general + self.suffix
         if self.skip_correlation is not None:
             pair = [attention_map(probe, image, t, layers=self.layers).ravel() for t in (question, general)]
-            if np.corrcoef(*pair)[0, 1] > self.skip_correlation:
+            if float(np.corrcoef(np.stack(pair))[0, 1]) > self.skip_correlation:
                 return image
         grid = contrast_map(
             probe,

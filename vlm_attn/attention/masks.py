@@ -69,7 +69,7 @@ def to_backend(seen: Tensor, backend: str, dtype: torch.dtype) -> Tensor:
 
 
 def gather(mask: Any, idx: Tensor, valid: Tensor, backend: str, dtype: torch.dtype, causal: bool) -> Tensor | None:
-    """The prefill mask after keeping slots ``idx [B, n]`` on both axes; invalid slots see (and are seen by) nobody else.
+    """The prefill mask after keeping slots ``idx [B, n]`` on both axes; invalid slots see only themselves.
 
     An absent mask stays absent when it can: kept slots are in ascending order, so causality survives.
     """

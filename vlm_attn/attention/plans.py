@@ -97,9 +97,9 @@ def edit_rows(
     Returns:
         The output and the number of (sample, head, row) triples that were edited.
     """
-    if call.mask is None and call.causal and rows.numel() >= FUSED_ROWS and len(edits) == 1 and call.bias is None:
-        if call.queries == call.keys and call.softcap is None and bool(gate.all()):
-            return _edit_fused(call, out, rows, *edits[0])
+    plain = call.mask is None and call.causal and call.bias is None and call.softcap is None
+    if plain and call.queries == call.keys and rows.numel() >= FUSED_ROWS and len(edits) == 1 and bool(gate.all()):
+        return _edit_fused(call, out, rows, *edits[0])
     edited = 0
     batch, heads = call.query.shape[:2]
     result: Tensor | None = None

@@ -27,7 +27,7 @@ def attend(
     Returns:
         output ``[B, H, Q, d]`` and LSE fp32 ``[B, H, Q]``; rows that see no key give 0 and -inf.
     """
-    b, h, q, d = query.shape
+    b, h, q, _ = query.shape
     n, groups = key.shape[2], h // key.shape[1]
     if n == 0:
         return query.new_zeros(query.shape), query.new_full((b, h, q), float("-inf"), dtype=torch.float32)
