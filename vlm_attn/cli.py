@@ -262,17 +262,19 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="'scenes', a checkpoint folder or a hub id.")],
     for_: Annotated[list[str] | None, typer.Option("--for", help="Method; repeat for more. Default: all.")] = None,
     n: Annotated[int | None, typer.Option("-n", min=1, help="Pictures to calibrate on.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder of calibration pictures.")] = None,
+    weak_sinks: Annotated[bool, typer.Option("--weak-sinks", help="Accept sink dimensions below threshold.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Profile file to write.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what methods need to know about a checkpoint and save it where `wrap` finds it."""
     from vlm_attn import calibration
 
-    options = {key: value for key, value in {"n": n, "out": output}.items() if value is not None}
+    options = {key: value for key, value in {"n": n, "out": output, "images": images}.items() if value is not None}
     with quiet_stdout(as_json):
         vlm = vlm_attn.wrap(model)
         try:
-            result = calibration.calibrate(vlm, list(for_ or []), **options)
+            result = calibration.calibrate(vlm, list(for_ or []), weak_sinks=weak_sinks, **options)
         finally:
             vlm.close()
     if as_json:

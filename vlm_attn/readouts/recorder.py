@@ -1,4 +1,4 @@
-"""Records the attention of the newest row at chosen layers while the model runs."""
+"""Records attention rows at chosen layers while the model runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from ..attention.plans import Call
 
 
 class Recorder:
-    """Head-mean post-softmax weights of the newest query row, one entry per forward.
+    """Head-mean post-softmax weights of the newest query row (or the mean over given rows), one entry per forward.
 
     Attributes:
         layers: decoder layers to read.
+        query_rows: query rows ``[R]`` to average instead of the newest one (single forwards only).
         rows: per layer, a list over forwards of fp32 ``[B, N]`` weights on all keys of that forward.
     """
 
-    def __init__(self, layers: Iterable[int]):
+    def __init__(self, layers: Iterable[int], rows: Tensor | None = None):
         self.layers = frozenset(layers)
+        self.query_rows = rows
         self.rows: dict[int, list[Tensor]] = {layer: [] for layer in sorted(self.layers)}
 
     def take(self, layer: int, call: Call) -> None:
         """Called by the engine after each attention call of a recorded layer."""
-        last = torch.tensor([call.queries - 1], device=call.query.device)
-        self.rows[layer].append(call.weights(last)[:, :, 0].mean(1))
+        rows = self.query_rows
+        if rows is None:
+            rows = torch.tensor([call.queries - 1], device=call.query.device)
+        self.rows[layer].append(call.weights(rows).mean((1, 2)))
 
     def on(self, slots: Tensor, row: int = 0) -> Tensor:
         """Weights of one sample on the key positions ``slots [n]``: fp32 ``[steps, layers, n]``."""

@@ -1,0 +1,247 @@
+"""Calibration: measures what methods need to know about a checkpoint and saves it where ``wrap`` finds it.
+
+Only calibration pictures are used: for the bundled model the calibration seeds of the picture world, for other
+checkpoints a folder of pictures that the caller keeps apart from every evaluation set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import optimize
+from torch import Tensor
+
+from . import profiles, pruning, selection
+from .images import load_image
+from .profiles import Profile
+from .readouts.recorder import Recorder
+from .registry import closest
+from .stages import RowScore
+from .tokens import TokenMap
+
+if TYPE_CHECKING:
+    from .wrap import VLM
+
+Pair = tuple[Image.Image, str]
+PROMPTS = (
+    "Please describe this image in detail.",
+    "What is the main object in the image?",
+    "Is there a person in the image?",
+    "What colors are in the image?",
+)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+BINS = 64
+
+
+def calibrate(
+    vlm: VLM,
+    what: Sequence[str] = (),
+    *,
+    n: int | None = None,
+    out: Path | None = None,
+    images: Path | None = None,
+    layer: int = 1,
+    weak_sinks: bool = False,
+) -> dict[str, Any]:
+    """Measures the per-checkpoint data of methods and writes the profile.
+
+    Args:
+        vlm: the wrapped checkpoint; its pipeline is suspended meanwhile.
+        what: method names (``"var"``: sink dimensions; ``"fastv"``: positional trend); empty = all of them.
+        n: pictures to use (sinks: 32, trend: 256 by default).
+        out: profile file; by default the one ``wrap`` looks for.
+        images: folder of pictures; not needed for the bundled model.
+        layer: decoder layer whose attention the trend is fitted on (FastV's K - 1).
+        weak_sinks: where no sink dimension qualifies, record the strongest two and say so, instead of raising.
+
+    Returns:
+        ``{"profile": path, "entries": measured records}``.
+
+    Raises:
+        ValueError: unknown method, no pictures, or a checkpoint without the property that a method needs.
+    """
+    known: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
+        "var": lambda: ("sinks", sinks(vlm, _pairs(vlm, n or 32, images), weak_sinks)),
+        "fastv": lambda: (f"trend:{RowScore(layer).id}", trend(vlm, _pairs(vlm, n or 256, images), layer)),
+    }
+    for name in what:
+        if name not in known:
+            raise ValueError(
+                f"'{name}' needs no calibration{closest(name, tuple(known))} (calibrated: {', '.join(known)})"
+            )
+    session = vlm._live()
+    measured = dict(known[name]() for name in (what or known))
+    checkpoint = session.info.checkpoint
+    path = out or profiles.user_file(checkpoint or "unnamed")
+    name = Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint
+    old = Profile.load(path, session.info.signature).entries if path.is_file() else {}
+    Profile(name, session.info.signature, {**old, **measured}).save(path)
+    return {"profile": str(path), "entries": measured}
+
+
+def _pairs(vlm: VLM, n: int, images: Path | None) -> list[Pair]:
+    if images is not None:
+        files = sorted(p for p in images.iterdir() if p.suffix.lower() in SUFFIXES) if images.is_dir() else []
+        if not files:
+            raise ValueError(f"{images} holds no pictures ({', '.join(SUFFIXES)})")
+        return [(load_image(p), text) for p, text in zip(files[:n], cycle(PROMPTS), strict=False)]
+    from .wrap import BUNDLED
+
+    if vlm._live().info.checkpoint != str(BUNDLED["scenes"]):
+        raise ValueError(
+            "calibration of this checkpoint needs pictures: give --images FOLDER, with pictures that are in no "
+            "evaluation set"
+        )
+    from .scenes import benchmarks
+
+    rows = benchmarks.pope("random", -(-n // 6), seeds="calibration")
+    return [(benchmarks.load_image(row), str(row["question"])) for row in islice(rows, n)]
+
+
+@contextlib.contextmanager
+def _layer_inputs(layers: Iterable[Any], keep: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, ``keep[l]`` receives the input of decoder layer l of each forward (fp32 ``[N, D]``, first sample)."""
+    handles = []
+    try:
+        for number, module in enumerate(layers):
+
+            def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> None:
+                keep[number] = (args[0] if args else kwargs["hidden_states"])[0].float()
+
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _read(vlm: VLM, pair: Pair, layers: Sequence[int], text_rows: bool) -> tuple[TokenMap, Recorder]:
+    """One prompt through the bare model; attention of the last row, or of all text rows that see the picture."""
+    session = vlm._live()
+    inputs = vlm.inputs([pair[0]], pair[1])
+    tokens = session.family.token_map(inputs["input_ids"], inputs.get("attention_mask"))
+    recorder = Recorder(layers, rows=tokens.sees_image[0].nonzero()[:, 0] if text_rows else None)
+    with torch.no_grad(), session.suspended(), session.recording(recorder):
+        vlm.model(**inputs)
+    return tokens, recorder
+
+
+def sinks(vlm: VLM, pairs: Sequence[Pair], weak: bool = False) -> dict[str, Any]:
+    """Sink dimensions of the residual stream.
+
+    In the middle half of the layers, ``|x_d| / rms(x)`` is read at the first token and at the 1 % of visual tokens
+    that receive most attention from text. A dimension is a candidate if its median over prompts exceeds
+    ``0.3 sqrt(D)`` in at least a quarter of those layers; the strongest three are kept. ``tau`` is 20 for D = 4096
+    and ``0.3125 sqrt(D)`` otherwise [unverified for other widths].
+
+    With ``weak``, a checkpoint without such dimensions gets its two strongest ones and the tau that 5 % of its visual
+    tokens exceed; the record then says ``"weak": true`` [ours: a stand-in, not the published definition].
+
+    Raises:
+        ValueError: no dimension qualifies, so redistribution from sinks is not defined for this checkpoint.
+    """
+    session = vlm._live()
+    info = session.info
+    middle = list(range(info.layers // 4, info.layers - info.layers // 4))
+    keep: dict[int, Tensor] = {}
+    seen: list[Tensor] = []
+    states: list[tuple[TokenMap, dict[int, Tensor]]] = []
+    with _layer_inputs(session.family.layers, keep):
+        for pair in pairs:
+            tokens, recorder = _read(vlm, pair, middle, text_rows=True)
+            first = int(tokens.first[0].nonzero()[0, 0])
+            slots = tokens.vis[0].nonzero()[:, 0]
+            received = recorder.on(slots)[0]
+            top = max(1, round(0.01 * slots.numel()))
+            values = []
+            for order, number in enumerate(middle):
+                x = _relative(keep[number])
+                visual = x[slots[received[order].topk(top).indices]].mean(0)
+                values.append(torch.stack([x[first], visual]))
+            seen.append(torch.stack(values))
+            states.append((tokens, {number: keep[number] for number in middle}))
+    medians = torch.stack(seen).median(0).values.amax(1)  # [layers, D], the stronger of the two places
+    threshold = 0.3 * info.hidden**0.5
+    share = (medians > threshold).float().mean(0)
+    strength = medians.median(0).values
+    found = [int(d) for d in strength.argsort(descending=True) if share[d] >= 0.25][:3]
+    tau = 20.0 if info.hidden == 4096 else round(0.3125 * info.hidden**0.5, 4)
+    best = strength.topk(2)
+    if not found and not weak:
+        raise ValueError(
+            f"no sink dimension: the strongest are {best.indices.tolist()} at |x|/rms "
+            f"{[round(v, 1) for v in best.values.tolist()]}, below 0.3 sqrt(D) = {threshold:.1f}. Redistribution from "
+            "sinks is not defined for this checkpoint; to try anyway use --weak-sinks, or give var sink_dims and tau"
+        )
+    dims = found or [int(d) for d in best.indices]
+    phi = torch.cat([_relative(x)[t.vis[0]][:, dims].amax(-1) for t, layers in states for x in layers.values()])
+    if not found:
+        tau = round(float(phi.quantile(0.95)), 4)
+    return {
+        "dims": dims,
+        "tau": tau,
+        "weak": not found,
+        "strength": [round(float(strength[d]), 3) for d in dims],
+        "flagged_visual_share": round(float((phi > tau).float().mean()), 5),
+        "prompts": len(pairs),
+    }
+
+
+def _relative(x: Tensor) -> Tensor:
+    """``|x| / rms(x)`` per token."""
+    return x.abs() / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def trend(vlm: VLM, pairs: Sequence[Pair], layer: int) -> dict[str, Any]:
+    """Positional trend ``mu exp(sigma x)`` of last-row attention at one layer.
+
+    Scores are divided by their mean per picture (unpublished choice, so that no picture dominates), averaged in 64
+    bins of x over tokens that show picture, and fitted by least squares, started from the log-linear fit. The
+    self-check refits the debiased scores: ``sigma_after`` should lie within +-0.1.
+    """
+    session = vlm._live()
+    if not 0 <= layer < session.info.layers:
+        raise ValueError(f"layer={layer} does not exist; the model has layers 0..{session.info.layers - 1}")
+    xs, values = [], []
+    for pair in pairs:
+        tokens, recorder = _read(vlm, pair, [layer], text_rows=False)
+        visible = pruning.visible(tokens, session.family, vlm.processor, [[pair[0].size]])
+        for row, all_slots, _ in selection.images(tokens):
+            slots = all_slots[visible[row, all_slots]]
+            score = recorder.on(slots)[0, 0]
+            xs.append(selection.position(tokens, row, slots))
+            values.append(score / score.mean().clamp(min=1e-12))
+    x, y = torch.cat(xs).double().cpu().numpy(), torch.cat(values).double().cpu().numpy()
+    centres, means = _binned(x, y)
+    slope, level = np.polyfit(centres, np.log(np.maximum(means, 1e-12)), 1)
+    (mu, sigma), _ = optimize.curve_fit(
+        lambda t, a, b: a * np.exp(b * t), centres, means, p0=(np.exp(level), slope), maxfev=10_000
+    )
+    residual = means - mu * np.exp(sigma * centres)
+    after = np.polyfit(centres, np.log(np.maximum(_binned(x, y * np.exp(-sigma * x))[1], 1e-12)), 1)[0]
+    return {
+        "score": RowScore(layer).id,
+        "sigma": round(float(sigma), 5),
+        "sigma_loglinear": round(float(slope), 5),
+        "mu": round(float(mu), 5),
+        "r2": round(float(1 - residual.var() / max(means.var(), 1e-12)), 4),
+        "sigma_after": round(float(after), 5),
+        "tokens": int(tokens.vis[0].sum()),
+        "pictures": len(pairs),
+    }
+
+
+def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean position and mean value per non-empty bin."""
+    bins = np.minimum((x * BINS).astype(int), BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    used = counts > 0
+    centres = np.bincount(bins, weights=x, minlength=BINS)[used] / counts[used]
+    return centres, np.bincount(bins, weights=y, minlength=BINS)[used] / counts[used]
