@@ -10,6 +10,7 @@ import torch
 
 import vlm_attn
 from tests import models
+from tests.conftest import FLEX
 from tests.matrix import MATRIX, TENSOR_METHODS
 from tests.reference.contrast import add_noise, vcd
 from tests.reference.llava import Dense, image_features, visual_runs
@@ -79,10 +80,9 @@ def test_other_backends(name: str, backend_name: str, ratio: int) -> None:
     assert distance(logits, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("backend", [FLEX], indirect=True)
 @pytest.mark.parametrize("name", TENSOR_METHODS)
 def test_flex_attention(name: str, backend: str) -> None:
-    if backend != "flex_attention":
-        pytest.skip("covered above")
     row, params = MATRIX[name], MATRIX[name].variants[0]
     model, batch = models.llava(4, backend), models.padded()
     with vlm_attn.attach(model, vlm_attn.method(name, **params)) as session:
