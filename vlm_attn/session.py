@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from .request import Request
 from .stages import Contrast, Method, Prune, PruneView, Refine, Site
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_ATTACHED: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
 _GUARD = threading.Lock()
 
 
@@ -105,8 +105,8 @@ class Session:
             name = interface.register(self.backend)
             self.causal = bool(getattr(self.family.attention(0), "is_causal", True))
             try:
-                _ATTACHED[self.model] = self
-                self._undo.append(functools.partial(_forget, self.model))
+                _ATTACHED.add(self.model)
+                self._undo.append(functools.partial(_ATTACHED.discard, self.model))
                 self._switch(name)
                 for number, layer in enumerate(self.family.layers):
                     attention = self.family.attention(number)
@@ -207,7 +207,7 @@ class Session:
             if self.contrast is not None and self.contrast.active:
                 branch = ContrastProcessor(self, self.contrast)
                 kwargs["logits_processor"] = [branch, *(kwargs.get("logits_processor") or [])]
-            self._fresh = False
+            self._fresh, self._image_call, self._prompt_kwargs = False, None, {}
             return original(*args, **kwargs)
 
     def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +215,11 @@ class Session:
             return original(*args, **kwargs)
         start = time.perf_counter()
         out = original(*args, **kwargs)
-        self._image_call = (self.family.bind_image_arguments(args, kwargs), time.perf_counter() - start)
+        call = (self.family.bind_image_arguments(args, kwargs), time.perf_counter() - start)
+        if self._fresh and self.request is not None:  # a plain forward encodes inside the base model
+            self.request.image_kwargs, self.request.times["encode_s"] = call
+        else:  # generate encodes ahead of the prompt's forward
+            self._image_call = call
         return out
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -233,11 +237,13 @@ class Session:
         if self._suspended:
             return
         bound = _by_name(type(module).forward, module, args, kwargs)
-        if not self._is_prefill(bound.get("past_key_values")):
-            return
         ids, mask = bound.get("input_ids"), bound.get("attention_mask")
+        if not self._is_prefill(bound.get("past_key_values")):
+            if isinstance(ids, Tensor) and self._acts() and bool((ids == self.family.image_token_id).any()):
+                raise UnsupportedError("a later turn brings a new image: send the whole conversation as one prompt")
+            return
         if ids is None:
-            if self.methods and any(m.stage != "read" for m in self.methods):
+            if self._acts():
                 raise UnsupportedError(
                     "methods need input_ids to find the visual tokens; inputs_embeds alone cannot do"
                 )
@@ -251,6 +257,10 @@ class Session:
             (request.image_kwargs, request.times["encode_s"]), self._image_call = self._image_call, None
         self.request, self._fresh = request, True
         self._text_stream(ids, mask)
+
+    def _acts(self) -> bool:
+        """Whether some method changes the decoder's forward pass."""
+        return any(m.stage in ("prune", "edit") for m in self.methods)
 
     def _is_prefill(self, cache: Any) -> bool:
         return cache is None or cache.get_seq_length() == 0
@@ -284,7 +294,7 @@ class Session:
         queries = rows.shape[1] if isinstance(rows, Tensor) else 0
         if self._is_prefill(cache):
             if not self._fresh:
-                if any(m.stage in ("prune", "edit") for m in self.methods) and self.request is not None:
+                if self._acts() and self.request is not None:
                     raise UnsupportedError("call the model itself, not its decoder, while a method is attached")
                 return None
             request = self.last
@@ -299,7 +309,7 @@ class Session:
             return None
         running = self._running
         if running is None:
-            if any(m.stage in ("prune", "edit") for m in self.methods):
+            if self._acts():
                 raise UnsupportedError("this cache was filled before the method was attached: start with a new prompt")
             return None
         request = running
@@ -422,10 +432,6 @@ class Session:
             return None
         scaled = self.edits.scale_heads(number, x, self._running)
         return None if scaled is x else ((scaled, *args[1:]), kwargs)
-
-
-def _forget(model: nn.Module) -> None:
-    _ATTACHED.pop(model, None)
 
 
 def _by_name(forward: Callable[..., Any], owner: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -42,12 +42,13 @@ class Engine(Protocol):
         """Runs one attention call of one layer."""
 
 
-_ENGINES: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+# Weak on both sides: the model's hooks keep its session alive, these tables must keep neither.
+_ENGINES: WeakKeyDictionary[nn.Module, ReferenceType[Engine]] = WeakKeyDictionary()
 
 
 def connect(module: nn.Module, engine: Engine) -> None:
     """From now on, calls of this attention module go to ``engine``."""
-    _ENGINES[module] = engine
+    _ENGINES[module] = ref(engine)
 
 
 def disconnect(module: nn.Module) -> None:
@@ -74,7 +75,8 @@ def _forward(
     **kwargs: Any,
 ) -> Result:
     base = base_function(backend, module)
-    engine = _ENGINES.get(module)
+    found = _ENGINES.get(module)
+    engine = found() if found is not None else None
     if engine is None:
         return base(module, query, key, value, attention_mask, **kwargs)
     return engine.attend(base, module, query, key, value, attention_mask, kwargs)

@@ -38,6 +38,8 @@ def build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 def write_checkpoint(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save model, generation settings, tokenizer and processor to a folder.
 
+    Weights are stored in half precision, which halves the files; the config says float32, so they load as that.
+
     Args:
         model: trained model in float32.
         tokenizer: its tokenizer.
@@ -51,5 +53,6 @@ def write_checkpoint(model: LlavaForConditionalGeneration, tokenizer: PreTrained
         do_sample=False,
         max_new_tokens=64,
     )
-    model.save_pretrained(folder)
+    stored = {name: weight.half() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(folder, state_dict=stored)
     build_processor(tokenizer).save_pretrained(folder)
