@@ -210,12 +210,25 @@ def eval_(
     """Run a benchmark config: model x methods x benchmarks, with paired statistics and a report."""
     from vlm_attn import evaluation
 
-    named = {"model": model, "limit": limit, "output": output}
-    overrides = dict(map(split_setting, set_ or [])) | {k: v for k, v in named.items() if v is not None}
+    path = find_config(config)
+    overrides = eval_overrides(path, {"model": model, "limit": limit, "output": output}, set_ or [])
     with quiet_stdout(as_json):
-        result = evaluation.run_config(find_config(config), overrides)
+        result = evaluation.run_config(path, overrides)
     if as_json:
         emit(result.to_dict())
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def eval_overrides(path: Path, named: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Config keys from the command line; ``--limit`` also replaces the limits of single benchmarks in the file."""
+    from vlm_attn import evaluation
+
+    overrides = dict(map(split_setting, settings)) | {k: v for k, v in named.items() if v is not None}
+    if named.get("limit") is not None:
+        names = [b.name for b in evaluation.load_config(path, overrides).benchmarks]
+        overrides["benchmarks"] = [{"name": name, "limit": named["limit"]} for name in names]
+    return overrides
 
 
 @app.command()
@@ -224,15 +237,14 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a benchmark config without running it and show what it resolves to."""
-    from vlm_attn import evaluation, recipe
+    from vlm_attn import evaluation
 
-    resolved = to_data(evaluation.load_config(find_config(config)).resolved())
-    for entry in resolved["methods"]:
-        recipe.pipeline(entry["method"])
+    with quiet_stdout(as_json):
+        resolved = evaluation.validate_config(find_config(config))
     if as_json:
         emit({"valid": True, "config": resolved})
     else:
-        out.print(yaml.safe_dump(resolved, sort_keys=False), markup=False, highlight=False, end="")
+        out.print(yaml.safe_dump(to_data(resolved), sort_keys=False), markup=False, highlight=False, end="")
         err.print("[green]valid[/green]")
 
 
@@ -261,26 +273,33 @@ def find_config(name: str) -> Path:
 def calibrate(
     model: Annotated[str, typer.Argument(help="'scenes', a checkpoint folder or a hub id.")],
     for_: Annotated[list[str] | None, typer.Option("--for", help="Method; repeat for more. Default: all.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures that are in no evaluation set.")] = None,
     n: Annotated[int | None, typer.Option("-n", min=1, help="Pictures to calibrate on.")] = None,
-    images: Annotated[Path | None, typer.Option("--images", help="Folder of calibration pictures.")] = None,
-    weak_sinks: Annotated[bool, typer.Option("--weak-sinks", help="Accept sink dimensions below threshold.")] = False,
+    layer: Annotated[
+        int, typer.Option(min=0, help="Layer whose positional trend is fitted (fastv: its layer - 1).")
+    ] = 1,
+    weak_sinks: Annotated[
+        bool, typer.Option(help="Record the strongest dimensions even if they are no sinks.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Profile file to write.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what methods need to know about a checkpoint and save it where `wrap` finds it."""
     from vlm_attn import calibration
 
-    options = {key: value for key, value in {"n": n, "out": output, "images": images}.items() if value is not None}
     with quiet_stdout(as_json):
         vlm = vlm_attn.wrap(model)
         try:
-            result = calibration.calibrate(vlm, list(for_ or []), weak_sinks=weak_sinks, **options)
+            result = calibration.calibrate(
+                vlm, for_ or (), n=n, out=output, images=images, layer=layer, weak_sinks=weak_sinks
+            )
         finally:
             vlm.close()
     if as_json:
         emit(result)
-    else:
-        out.print(result, markup=False)
+        return
+    out.print(yaml.safe_dump(to_data(result["entries"]), sort_keys=False), markup=False, highlight=False, end="")
+    err.print(f"[green]written[/green] {escape(result['profile'])}", highlight=False, soft_wrap=True)
 
 
 @app.command()

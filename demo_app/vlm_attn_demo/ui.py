@@ -296,7 +296,7 @@ def _run(
             cells[6] = overlays.heat_overlay(image, runner.heatmap(image, text, kind))
         except (ValueError, TypeError) as error:
             troubles.append(f"Heatmap: {error}")
-    if len({trouble.partition(": ")[2] for trouble in troubles}) == 1:
+    if len(troubles) > 1 and len({trouble.partition(": ")[2] for trouble in troubles}) == 1:
         troubles = [troubles[0].partition(": ")[2]]
     yield page("error", " ".join(troubles)) if troubles else page("ok", "Done.")
 
