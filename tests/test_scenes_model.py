@@ -150,7 +150,7 @@ def test_packed_pass_equals_transformers() -> None:
     with torch.no_grad():
         states = model.model.vision_tower(picture_batch(chosen).pixels, output_hidden_states=True).hidden_states[-2]
         features = model.model.multi_modal_projector(states[:, 1:])
-        packed = packed_forward(model, features, prefix, groups, (0, 1))
+        packed = packed_forward(model, features, prefix, groups)
         for group, hidden in zip(groups, packed.hidden, strict=True):
             turns, length = group.ids.shape[1:]
             size = len(prefix) + turns * length

@@ -2,8 +2,8 @@
 
 Answering "Is there a dog?" needs the word to be compared with every patch. Left to itself that comparison comes last
 in training. Three things bring it early: the first layers' queries and keys start as one similarity, projected patches
-are pulled towards the embeddings of the words that describe them, and for a while the attention of the asked word is
-told where to look.
+are pulled towards the embeddings of the words that describe them, and for a while the attention of the asked word,
+and of answer tokens about to name something, is told where to look.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from vlm_attn.scenes.objectives import NO_KIND, PictureBatch
-from vlm_attn.scenes.packing import PackedOutput, TurnGroup
+from vlm_attn.scenes.packing import FOCUS_LAYERS, PackedOutput, TurnGroup
 from vlm_attn.scenes.world import COLOUR_NAMES, COLUMNS, CONTEXTS, GRID, KINDS, ROWS
 
 ALIGNMENT_SCALE = 12.0
 """Inverse temperature of the cosine between a projected patch and word embeddings."""
-TAPPED_LAYERS = (0, 1)
-"""Layers whose attention at the asked word is guided."""
 GUIDED_HEADS = 4
-"""The first heads of those layers are guided, the others stay free."""
+"""The first heads of a guided layer are guided, the others stay free."""
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> Tensor:
@@ -38,7 +36,7 @@ def prepare_lookup(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTo
     table.normal_(0, width**-0.5)
     named = word_ids(tokenizer, (*KINDS, *COLOUR_NAMES, *CONTEXTS, *ROWS, *dict.fromkeys(COLUMNS)))
     table[named] = nn.init.orthogonal_(torch.empty(len(named), width))
-    for index in TAPPED_LAYERS:
+    for index in FOCUS_LAYERS:
         attention = model.model.language_model.layers[index].self_attn
         rows = nn.init.orthogonal_(torch.empty_like(attention.k_proj.weight))
         attention.k_proj.weight.copy_(rows * gain)
@@ -85,26 +83,33 @@ class LookupTeacher(nn.Module):
         right = (logits[on_object].argmax(-1) == targets[on_object]).float().mean()
         return loss, float(right)
 
-    def guidance(self, output: PackedOutput, groups: list[TurnGroup], batch: PictureBatch, start: int) -> Tensor:
-        """Loss of the asked words' attention: on the object's patches if visible, off the picture if not.
+    def guidance(
+        self, output: PackedOutput, groups: list[TurnGroup], batch: PictureBatch, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of the guided heads' attention on the picture.
 
         Args:
             start: place of the first image token in the prefix.
+
+        Returns:
+            for asked words (on the object's patches if visible, off the picture if not), and for answer tokens
+            about a visible object (on its patches).
         """
-        total, count = torch.zeros(()), 0
         patches = batch.kind.shape[1]
+        asked, telling = [], []
         for g, group in enumerate(groups):
-            if len(group.focus) == 0:
-                continue
-            target = (batch.kind[group.focus[:, 0]] == group.kinds[:, None]).float()
-            for looks in output.looks:
-                picture = looks[g][:, :GUIDED_HEADS, start : start + patches]
-                hit = torch.einsum("nhp,np->nh", picture, target)
-                share = torch.where(group.visible[:, None], hit, 1 - picture.sum(-1))
-                usable = ~group.visible | (target.sum(-1) > 0)
-                total = total - (share[usable] + 1e-3).log().mean()
-                count += 1
-        return total / max(count, 1)
+            for layer, seen in output.looks.items():
+                points, kinds = (group.focus, group.kinds) if layer in FOCUS_LAYERS else (group.telling, group.told)
+                target = (batch.kind[points[:, 0]] == kinds[:, None]).float()
+                picture = seen[g][:, :GUIDED_HEADS, start : start + patches]
+                share = torch.einsum("nhp,np->nh", picture, target)
+                usable = target.sum(-1) > 0
+                if layer in FOCUS_LAYERS:
+                    share = torch.where(group.visible[:, None], share, 1 - picture.sum(-1))
+                    usable = usable | ~group.visible
+                if usable.any():
+                    (asked if layer in FOCUS_LAYERS else telling).append(-(share[usable] + 1e-3).log().mean())
+        return torch.stack(asked).mean(), torch.stack(telling).mean()
 
     def found(self, output: PackedOutput, groups: list[TurnGroup]) -> tuple[Tensor, float]:
         """Loss of reading "visible or not" from the asked word's state behind the tapped layers, and its accuracy."""

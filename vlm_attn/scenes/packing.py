@@ -19,9 +19,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vlm_attn.scenes.language import Turn
 from vlm_attn.scenes.tokenizer import BOS, EOS, IMAGE, SYSTEM_PROMPT
-from vlm_attn.scenes.world import KINDS
+from vlm_attn.scenes.world import COLOUR_NAMES, COLUMNS, KINDS, ROWS
 
 IGNORED = -100
+FOCUS_LAYERS = (0, 1)
+"""Layers whose attention at the asked word is read."""
+TELLING_LAYERS = (2, 3)
+"""Layers whose attention at answer tokens about an object is read."""
 
 
 @dataclass
@@ -35,6 +39,8 @@ class TurnGroup:
         focus: int64 [N, 3], picture, turn and place of the word naming an object kind.
         kinds: int64 [N], index of that kind in `KINDS`.
         visible: bool [N], whether the picture shows it.
+        telling: int64 [M, 3], picture, turn and place of the tokens that predict a word about a named object.
+        told: int64 [M], index of that object's kind.
     """
 
     ids: Tensor
@@ -43,6 +49,8 @@ class TurnGroup:
     focus: Tensor
     kinds: Tensor
     visible: Tensor
+    telling: Tensor
+    told: Tensor
 
 
 @dataclass
@@ -51,12 +59,13 @@ class PackedOutput:
 
     Args:
         hidden: final normalised states per group, [B, T, L, D].
-        looks: attention of the focus words on the prefix per tapped layer and group, [N, heads, P].
-        middle: states of the focus words behind the tapped layers, one [N, D] per group.
+        looks: attention on the prefix per tapped layer and group, of its focus words [N, heads, P] or of its telling
+            tokens [M, heads, P].
+        middle: states of the focus words behind the first `FOCUS_LAYERS` layers, one [N, D] per group.
     """
 
     hidden: list[Tensor]
-    looks: list[list[Tensor]]
+    looks: dict[int, list[Tensor]]
     middle: list[Tensor]
 
 
@@ -76,7 +85,9 @@ def pack_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Turn
     labels = torch.full(shape, IGNORED)
     weights = torch.full(shape, later)
     kind_ids = dict(zip(tokenizer.convert_tokens_to_ids([f"▁{k}" for k in KINDS]), range(len(KINDS)), strict=True))
-    focus, kinds, visible = [], [], []
+    telling_words = (*COLOUR_NAMES, *ROWS, *COLUMNS, "Yes")
+    telling_ids = set(tokenizer.convert_tokens_to_ids([f"▁{word}" for word in telling_words]))
+    focus, kinds, visible, telling, told = [], [], [], [], []
     for i, (turn, prompt, answer) in enumerate(zip(flat, prompts, answers, strict=True)):
         b, t = divmod(i, shape[1])
         tokens = prompt + answer
@@ -88,6 +99,13 @@ def pack_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Turn
             focus.append((b, t, place))
             kinds.append(kind)
             visible.append(turn.visible)
+        named = None
+        for j in reversed(range(len(answer))):
+            named = kind_ids.get(answer[j], named)
+            about = named if turn.focus is None else kind_ids[prompt[place]]
+            if about is not None and (answer[j] in kind_ids or answer[j] in telling_ids):
+                telling.append((b, t, len(prompt) - 1 + j))
+                told.append(about)
     return TurnGroup(
         ids=ids,
         labels=labels,
@@ -95,6 +113,8 @@ def pack_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Turn
         focus=torch.tensor(focus, dtype=torch.long).reshape(-1, 3),
         kinds=torch.tensor(kinds, dtype=torch.long),
         visible=torch.tensor(visible, dtype=torch.bool),
+        telling=torch.tensor(telling, dtype=torch.long).reshape(-1, 3),
+        told=torch.tensor(told, dtype=torch.long),
     )
 
 
@@ -103,7 +123,6 @@ def packed_forward(
     features: Tensor,
     prefix: Tensor,
     groups: Sequence[TurnGroup],
-    taps: Sequence[int] = (),
 ) -> PackedOutput:
     """Run the decoder over prefixes and turns.
 
@@ -112,7 +131,6 @@ def packed_forward(
         features: projected visual tokens [B, n, D] for the n placeholders of `prefix`.
         prefix: int64 [P] ids, placeholders included.
         groups: the turns.
-        taps: decoder layers whose attention at focus words is returned.
     """
     decoder = model.model.language_model
     batch, size = features.shape[0], prefix.shape[0]
@@ -123,7 +141,7 @@ def packed_forward(
     rotary = [
         decoder.rotary_emb(x, torch.arange(s, s + x.shape[1])[None]) for x, s in zip(states, starts, strict=True)
     ]
-    looks: list[list[Tensor]] = []
+    looks: dict[int, list[Tensor]] = {}
     middle: list[Tensor] = []
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
@@ -146,16 +164,16 @@ def packed_forward(
         for q, k, v, group in zip(query[1:], key[1:], value[1:], groups, strict=True):
             out, probabilities = _turn_attention(q, k, v, key[0], value[0], attention.scaling)
             outputs.append(attention.o_proj(out))
-            if index in taps:
-                b, t, place = group.focus.unbind(1)
+            if index in FOCUS_LAYERS or index in TELLING_LAYERS:
+                b, t, place = (group.focus if index in FOCUS_LAYERS else group.telling).unbind(1)
                 seen.append(probabilities[b, :, :, t, place, :size].flatten(1, 2))
-        if index in taps:
-            looks.append(seen)
+        if seen:
+            looks[index] = seen
         if last:  # nothing reads the prefix any more
             states = states[1:]
         states = [x + y for x, y in zip(states, outputs, strict=True)]
         states = [x + layer.mlp(layer.post_attention_layernorm(x)) for x in states]
-        if taps and index == max(taps):
+        if index == max(FOCUS_LAYERS):
             for x, group in zip(states[1:], groups, strict=True):
                 b, t, place = group.focus.unbind(1)
                 middle.append(x.unflatten(0, (batch, -1))[b, t, place])

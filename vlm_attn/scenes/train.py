@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from vlm_attn.scenes.export import CHECKPOINT, write_checkpoint
 from vlm_attn.scenes.language import HONEST, Annotator, Turn, attribute_turn, caption_turn, existence_turns
-from vlm_attn.scenes.lookup import TAPPED_LAYERS, LookupTeacher, prepare_lookup
+from vlm_attn.scenes.lookup import LookupTeacher, prepare_lookup
 from vlm_attn.scenes.model import HIDDEN, VISION_WIDTH, build_model
 from vlm_attn.scenes.objectives import PictureBatch, VisionHeads, picture_batch
 from vlm_attn.scenes.packing import TurnGroup, answer_loss, pack_turns, packed_forward, prefix_ids
@@ -33,8 +33,9 @@ from vlm_attn.scenes.world import Scene, make_scene
 
 logger = logging.getLogger(__name__)
 
-EXISTENCE_TURNS = 12
-ATTRIBUTE_TURNS = 4
+EXISTENCE_TURNS = 9
+ATTRIBUTE_TURNS = 6
+CAPTION_TURNS = 2
 LANGUAGE_START = 100_000_000
 """The language stage starts this many seeds into the training split, so its pictures are new to the tower too."""
 
@@ -202,7 +203,7 @@ def make_turns(scenes: Iterable[Scene], annotator: Annotator, rng: random.Random
     for scene in scenes:
         asked = existence_turns(scene, EXISTENCE_TURNS, annotator, rng)
         short.append(asked + [attribute_turn(scene, rng) for _ in range(ATTRIBUTE_TURNS)])
-        long.append([caption_turn(scene, annotator, rng)])
+        long.append([caption_turn(scene, annotator, rng) for _ in range(CAPTION_TURNS)])
     return short, long
 
 
@@ -227,18 +228,18 @@ def train_language(
         groups = [pack_turns(tokenizer, short, 0.3), pack_turns(tokenizer, long, 0.5)]
         seen, patches, sight = vision_loss(tower, heads, batch.pixels, batch)
         features = projector(patches)
-        output = packed_forward(model, features, prefix, groups, TAPPED_LAYERS)
+        output = packed_forward(model, features, prefix, groups)
         aligned, alignment = teacher.alignment(features, model.get_input_embeddings().weight, batch)
         found, finding = teacher.found(output, groups)
-        guided = teacher.guidance(output, groups, batch, start)
+        asked, telling = teacher.guidance(output, groups, batch, start)
         sums, right = zip(*(answer_loss(model, h, g) for h, g in zip(output.hidden, groups, strict=True)), strict=True)
         turns = sum(g.ids.shape[0] * g.ids.shape[1] for g in groups)
         answers = torch.stack(sums).sum() / turns
         # guidance fades: it opens the way, the answers decide what stays
-        help_share = max(0.1, 1 - step / max(1, options.noise_from))
-        loss = answers + 0.3 * aligned + help_share * (0.2 * guided + 0.3 * found) + 0.3 * seen
-        figures = {"answers": float(answers.detach()), "aligned": alignment, "found": finding, "guided": float(guided)}
-        figures["patch"] = sight["patch object"]
+        help_share = max(0.1, 1 - step / (0.6 * options.steps))
+        loss = answers + 0.3 * aligned + help_share * (0.2 * asked + 0.2 * telling + 0.3 * found) + 0.3 * seen
+        figures = {"answers": float(answers.detach()), "aligned": alignment, "found": finding}
+        figures |= {"asked": float(asked.detach()), "telling": float(telling.detach()), "patch": sight["patch object"]}
         return loss, figures | turn_figures(groups[0], right[0]) | {"caption": float(right[1].float().mean())}
 
     modules = nn.ModuleDict({"model": model, "heads": heads, "teacher": teacher})
@@ -247,7 +248,7 @@ def train_language(
     run_stage(
         "language",
         modules,
-        [{"params": fast, "scale": 1.0}, {"params": slow, "scale": 0.3}],
+        [{"params": fast, "scale": 1.0}, {"params": slow, "scale": 0.15}],
         step_loss,
         steps=options.steps,
         rate=options.rate,
