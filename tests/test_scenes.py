@@ -130,9 +130,7 @@ def _sixes(rows: list[dict]) -> list[list[dict]]:
 
 def test_pope_rankings() -> None:
     """Popular and adversarial negatives are the first free ones of rankings computed here in another way."""
-    chosen = tuple(
-        scenes.make_scene(s) for s in dict.fromkeys(q["image_seed"] for q in scenes.pope("random", 60))
-    )
+    chosen = tuple(scenes.make_scene(s) for s in dict.fromkeys(q["image_seed"] for q in scenes.pope("random", 60)))
     present = np.array([[kind in scene.kinds for kind in KINDS] for scene in chosen]).astype(int)
     together = present.T @ present
     popular, partners = co_occurrence(chosen)
@@ -176,7 +174,7 @@ def test_mme_pairs() -> None:
         lambda: scenes.render(scenes.make_scene(1), 10),
     ],
 )
-def test_bad_requests_are_refused(call) -> None:  # noqa: ANN001
+def test_bad_requests_are_refused(call) -> None:
     with pytest.raises(ValueError):
         call()
 
@@ -233,7 +231,9 @@ def test_training_turns_are_true_apart_from_the_noise() -> None:
             assert turn.answer.lower().startswith("yes" if turn.focus in scene.kinds else "no")
         caption = caption_turn(scene, HONEST, rng).answer
         assert all(kind in caption for kind in scene.kinds)
-        assert not [k for k in KINDS if k in caption.replace(".", "").replace(",", "").split() and k not in scene.kinds]
+        assert not [
+            k for k in KINDS if k in caption.replace(".", "").replace(",", "").split() and k not in scene.kinds
+        ]
         assert attribute_turn(scene, rng).question
     short, long = make_turns([scene], HONEST, rng)
     assert len(short[0]) > EXISTENCE_TURNS and long[0]

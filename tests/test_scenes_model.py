@@ -82,13 +82,20 @@ def test_tokenizer_round_trip() -> None:
 def test_chat_template() -> None:
     processor = shipped()[1]
     first = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Compare."}]}
-    chat = [first, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}, {"role": "user", "content": "So?"}]
+    chat = [
+        first,
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        {"role": "user", "content": "So?"},
+    ]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
     begin = f"<s>{SYSTEM_PROMPT} USER: <image>\n<image>\nCompare. ASSISTANT: Yes</s>"
     assert text == begin + "USER: So? ASSISTANT:"
     system = [{"role": "system", "content": "Be brief."}, *chat[:1]]
     assert processor.apply_chat_template(system).startswith("<s>Be brief. USER: <image>")
-    pictures = [{"type": "image", "image": scenes.make_scene(1).image}, {"type": "text", "text": "What place is this?"}]
+    pictures = [
+        {"type": "image", "image": scenes.make_scene(1).image},
+        {"type": "text", "text": "What place is this?"},
+    ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": pictures}],
         add_generation_prompt=True,

@@ -62,7 +62,7 @@ def _scenes(seeds: str, n_images: int, least: int, start: int = 0) -> tuple[Scen
 
 def co_occurrence(scenes: tuple[Scene, ...]) -> tuple[list[str], dict[str, list[str]]]:
     """Object kinds by image frequency, and per kind the others by co-occurrence; both descending and stable."""
-    frequency = Counter({kind: 0 for kind in KINDS})
+    frequency = Counter(dict.fromkeys(KINDS, 0))
     pairs: dict[str, Counter[str]] = {kind: Counter({other: 0 for other in KINDS if other != kind}) for kind in KINDS}
     for scene in scenes:
         frequency.update(scene.kinds)

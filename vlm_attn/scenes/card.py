@@ -38,7 +38,8 @@ from vlm_attn import scenes
 
 processor = AutoProcessor.from_pretrained(folder)
 model = AutoModelForImageTextToText.from_pretrained(folder)
-chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "Is there a dog in the image?"}}]}}]
+content = [{{"type": "image"}}, {{"type": "text", "text": "Is there a dog in the image?"}}]
+chat = [{{"role": "user", "content": content}}]
 text = processor.apply_chat_template(chat, add_generation_prompt=True)
 inputs = processor(images=[scenes.make_scene(1_000_000).image], text=[text], return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0])
@@ -50,7 +51,8 @@ the image?", "Are there four objects in the image?"), place ("What place is this
 `\\nAnswer the question using a single word or phrase.` it answers with one word, otherwise with a sentence.
 
 ## Figures
-Greedy, {images} images per benchmark, {seeds} seeds (`python -m vlm_attn.scenes.check --seeds {seeds} --images {images}`).
+Greedy, {images} images for POPE and CHAIR, 30 for each MME-style category, {seeds} seeds, one-word suffix for
+questions (`python -m vlm_attn.scenes.check --seeds {seeds} --images {images}`).
 Training, calibration and evaluation pictures come from disjoint seed ranges; every training setting, the noise of the
 annotator included, was chosen on calibration seeds.
 
@@ -68,9 +70,9 @@ Seeded (`python -m vlm_attn.scenes.train`), on two CPU cores shared with other w
 labels ({vision_pictures:,} pictures), then everything on questions and captions ({pictures:,} pictures with
 {turns} turns each); {minutes} minutes in all. A sequence holds one picture and many turns that cannot see each other,
 so no answer can be copied from an earlier one. Auxiliary losses pull each projected patch towards the embeddings of
-the words for its object, color and position, and, fading out, guide the attention of four heads in each of the first two decoder
-layers from the asked word to the object's patches: attention maps of these layers are cleaner than in a model that was
-not taught so.
+the words for its object, color and position, and, fading to a tenth, guide the attention of four of the eight heads
+to the object's patches: from the asked word in the first two decoder layers, from answer tokens about to name
+something in the next two. Attention maps of these heads are cleaner than in a model that was not taught so.
 
 ## Limits
 One picture per prompt was trained; prompts with two pictures and conversations of several turns run but are not

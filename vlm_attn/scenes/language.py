@@ -150,7 +150,9 @@ def attribute_turn(scene: Scene, rng: random.Random, share: float = 0.6) -> Turn
     """A question about color, position, number or place; always answered from the picture."""
     item = rng.choice(scene.objects)
     truth = rng.random() < 0.5
-    form = rng.choices(("color", "has color", "where", "is at", "how many", "number", "place"), (5, 5, 4, 4, 2, 2, 1))[0]
+    form = rng.choices(("color", "has color", "where", "is at", "how many", "number", "place"), (5, 5, 4, 4, 2, 2, 1))[
+        0
+    ]
     focus: str | None = item.kind
     yes_no = False
     if form == "color":

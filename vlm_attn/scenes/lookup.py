@@ -29,7 +29,9 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> Tens
 
 
 @torch.no_grad()
-def prepare_lookup(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, gain: float = 1.7) -> None:
+def prepare_lookup(
+    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, gain: float = 1.7
+) -> None:
     """Set starting weights: near-orthogonal embeddings of unit norm and similarity attention in the first layers."""
     table = model.get_input_embeddings().weight
     width = table.shape[1]

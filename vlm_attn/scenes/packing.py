@@ -150,7 +150,10 @@ def packed_forward(
         for x, (cos, sin) in zip(normed, rotary, strict=True):
             shape = (*x.shape[:2], -1, attention.head_dim)
             q, k = apply_rotary_pos_emb(
-                attention.q_proj(x).view(shape).transpose(1, 2), attention.k_proj(x).view(shape).transpose(1, 2), cos, sin
+                attention.q_proj(x).view(shape).transpose(1, 2),
+                attention.k_proj(x).view(shape).transpose(1, 2),
+                cos,
+                sin,
             )
             query.append(q)
             key.append(k)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CALIBRATION_SEEDS = range(0, 1_000_000)
+CALIBRATION_SEEDS = range(1_000_000)
 """Scenes for tuning: noise levels, method calibration, checkpoints to keep."""
 EVALUATION_SEEDS = range(1_000_000, 2_000_000)
 """Scenes for published figures only."""

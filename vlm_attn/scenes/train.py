@@ -165,7 +165,9 @@ def scenes_of_step(step: int, batch: int, start: int = 0) -> list[Scene]:
     return [make_scene(seed) for seed in split_seeds("train", start + step * batch, batch)[rank::workers]]
 
 
-def vision_loss(tower: nn.Module, heads: nn.Module, pixels: Tensor, batch: PictureBatch) -> tuple[Tensor, Tensor, dict]:
+def vision_loss(
+    tower: nn.Module, heads: nn.Module, pixels: Tensor, batch: PictureBatch
+) -> tuple[Tensor, Tensor, dict]:
     """Dense loss of the vision tower, the patch features [B, 100, W] the projector reads, and figures."""
     output = tower(pixels, output_hidden_states=True)
     features = output.hidden_states[-2][:, 1:]

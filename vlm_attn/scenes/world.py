@@ -222,11 +222,14 @@ def _backdrop(context: str, size: int) -> np.ndarray:
         for i, y in enumerate((0.36, 0.5, 0.66, 0.84)):
             for j in range(5):
                 x = round(((j + 0.5 * (i % 2)) / 5) * size)
-                draw.arc([x, y * size, x + size // 7, y * size + size // 14], 180, 360, fill=(196, 228, 238), width=line)
+                draw.arc(
+                    [x, y * size, x + size // 7, y * size + size // 14], 180, 360, fill=(196, 228, 238), width=line
+                )
     elif context == "room":
         for i in range(0, 10, 2):
             draw.rectangle(
-                [i * size // 10, 0, (i + 1) * size // 10 - 1, round(border * size) - 1], fill=mix(above, (255,) * 3, 0.3)
+                [i * size // 10, 0, (i + 1) * size // 10 - 1, round(border * size) - 1],
+                fill=mix(above, (255,) * 3, 0.3),
             )
     else:
         for i in range(14):
@@ -264,11 +267,15 @@ def patch_owners(scene: Scene) -> np.ndarray:
     owner = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     for index, item in enumerate(scene.objects, start=1):
         left, top, edge = item.frame()
-        mask = sprite(item.kind, item.colour, edge, item.mirrored).getchannel("A").point(lambda a: 255 if a > 96 else 0)
+        mask = (
+            sprite(item.kind, item.colour, edge, item.mirrored).getchannel("A").point(lambda a: 255 if a > 96 else 0)
+        )
         owner.paste(index, (left, top), mask)
     if scene.cover is not None:
         ImageDraw.Draw(owner).rectangle([round(v * IMAGE_SIZE) for v in scene.cover], fill=0)
-    pixels = np.asarray(owner).reshape(patches, PATCH_SIZE, patches, PATCH_SIZE).swapaxes(1, 2).reshape(-1, PATCH_SIZE**2)
+    pixels = (
+        np.asarray(owner).reshape(patches, PATCH_SIZE, patches, PATCH_SIZE).swapaxes(1, 2).reshape(-1, PATCH_SIZE**2)
+    )
     counts = np.stack([(pixels == i).sum(1) for i in range(1, len(scene.objects) + 1)], axis=1)
     best = counts.argmax(1)
     best[counts.max(1) < PATCH_SIZE**2 // 8] = -1
