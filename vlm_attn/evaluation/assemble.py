@@ -49,7 +49,7 @@ def assemble(
     return {
         "results": {label: result["results"] for label, result in harness.items()},
         **{key: first.get(key, {}) for key in HARNESS_KEYS},
-        "lmms_eval_version": first.get("lmms_eval_version"),
+        "lmms_eval_version": env.get("versions", {}).get("lmms-eval"),
         "model": config.model,
         "baseline": baseline,
         "config": config.resolved(),

@@ -306,7 +306,6 @@ def _merge(total: dict[str, Any], part: Mapping[str, Any]) -> None:
     """Add one task's result to a method's: mappings are united, the rest is taken from the first."""
     for key in ("results", *HARNESS_KEYS):
         total.setdefault(key, {}).update(part.get(key) or {})
-    total.setdefault("lmms_eval_version", part.get("lmms_eval_version"))
 
 
 @contextlib.contextmanager
