@@ -98,7 +98,8 @@ class LookupTeacher(nn.Module):
             about a visible object (on its patches).
         """
         patches = batch.kind.shape[1]
-        asked, telling = [], []
+        asked: list[Tensor] = []
+        telling: list[Tensor] = []
         for g, group in enumerate(groups):
             for layer, seen in output.looks.items():
                 points, kinds = (group.focus, group.kinds) if layer in FOCUS_LAYERS else (group.telling, group.told)

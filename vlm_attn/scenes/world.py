@@ -216,15 +216,14 @@ def _backdrop(context: str, size: int) -> np.ndarray:
             box = [i * size // 5, round(height * size), (i + 1) * size // 5 - line, round(border * size) - 1]
             draw.rectangle(box, fill=mix(above, (60, 60, 90), 0.12 + 0.05 * (i % 2)))
         for i in range(4):
-            y = round(0.8 * size)
-            draw.rectangle([i * size // 4, y, i * size // 4 + size // 8, y + 2 * line], fill=(235, 235, 225))
+            lane = round(0.8 * size)
+            draw.rectangle([i * size // 4, lane, i * size // 4 + size // 8, lane + 2 * line], fill=(235, 235, 225))
     elif context == "sea":
-        for i, y in enumerate((0.36, 0.5, 0.66, 0.84)):
+        for i, height in enumerate((0.36, 0.5, 0.66, 0.84)):
             for j in range(5):
-                x = round(((j + 0.5 * (i % 2)) / 5) * size)
-                draw.arc(
-                    [x, y * size, x + size // 7, y * size + size // 14], 180, 360, fill=(196, 228, 238), width=line
-                )
+                left = round(((j + 0.5 * (i % 2)) / 5) * size)
+                wave = [left, height * size, left + size // 7, height * size + size // 14]
+                draw.arc(wave, 180, 360, fill=(196, 228, 238), width=line)
     elif context == "room":
         for i in range(0, 10, 2):
             draw.rectangle(
