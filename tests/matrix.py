@@ -25,14 +25,12 @@ class Row:
         default: per-checkpoint data only, all else at the method's defaults.
         variants: parameters for the comparison with the dense reference.
         reference: dense reference for (model, parameters, session facts, row of the batch), if it acts on logits.
-        seeded: draws random numbers, so that rows of a batch may differ from singles.
         acts_on: "logits" (raw), "scores" (after the decode stage), "picture" (before the processor) or "nothing".
     """
 
     default: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ({},)
     reference: Reference | None = None
-    seeded: bool = False
     acts_on: str = "logits"
 
 
@@ -74,7 +72,6 @@ MATRIX: dict[str, Row] = {
     "random_prune": Row(
         variants=({}, {"layer": 0, "keep": 5}, {"layer": 3, "keep": 0.25, "seed": 3}),
         reference=given_kept,
-        seeded=True,
     ),
     "uniform_prune": Row(variants=({}, {"layer": 0, "keep": 5}, {"layer": 1, "keep": 0.25}), reference=given_kept),
     "var": Row(
@@ -87,12 +84,12 @@ MATRIX: dict[str, Row] = {
         ),
         reference=lambda model, params, last, row: edits.Var(model, **params),
     ),
-    "placebo": Row(default={}, variants=({}, {"first_layer": 1, "keep": 0.1}), reference=placebo, seeded=True),
+    "placebo": Row(default={}, variants=({}, {"first_layer": 1, "keep": 0.1}), reference=placebo),
     "vhr": Row(
         variants=({}, {"alpha": 0.5, "last_layers": 1, "filter_outliers": False}, {"include_layer1": False}),
         reference=lambda model, params, last, row: edits.Vhr(model, **params),
     ),
-    "vcd": Row(variants=({}, {"alpha": 0.5, "beta": 0.3, "noise_step": 800}), seeded=True, acts_on="scores"),
+    "vcd": Row(variants=({}, {"alpha": 0.5, "beta": 0.3, "noise_step": 800}), acts_on="scores"),
     "carve": Row(acts_on="picture"),
 }
 

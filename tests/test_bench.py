@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-bench = pytest.importorskip("vlm_attn.bench", reason="the session is not importable")
+from vlm_attn import bench
 
 LLAVA = {"hidden": 4096, "inner": 11008}
 TEXT, VISUAL, LAYERS = 60, 576, 32
@@ -60,7 +60,10 @@ def test_miniature_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["stock"]["prefill"]["ratio"] == 1
     assert rows["fastv 64"]["flops_ideal"] < rows[bench.CONTROL]["flops_ideal"] == 1
     assert rows["vhr"]["text_only_pass_s"] > 0
-    assert rows["var"]["facts"], "the bench must show that edits took place"
+    assert rows["fastv 64"]["facts"]["visual_tokens_per_layer"] == [100, 100, 64, 64]
+    assert rows[bench.CONTROL]["facts"]["visual_tokens_per_layer"] == [100] * 4
+    assert sum(rows["var"]["facts"]["edited_rows_per_layer"].values()) > 0
+    assert rows["vhr"]["facts"]["scaled_heads_per_layer"]
     console = Console(record=True, width=160)
     bench.print_report(report, console)
     text = console.export_text()
@@ -75,4 +78,5 @@ def test_a_loud_control_voids_the_run() -> None:
     names = ("stock", bench.CONTROL, "fastv 64", "var", "vhr")
     for control, valid in ((1.04, True), (1.06, False), (0.94, False)):
         configs = [config(n, control if n == bench.CONTROL else 1.0) for n in names]
-        assert bench._report(bench.SHAPES["deep"], configs, [0.1] * 3, {})["valid"] is valid
+        configs[-1].text_pass = [0.1] * 3
+        assert bench._report(bench.SHAPES["deep"], configs, {})["valid"] is valid

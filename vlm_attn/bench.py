@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from .registry import method
-from .session import attach
+from .session import Session, attach
 from .stages import Method
 
 CONTROL_TOLERANCE = 0.05
@@ -165,12 +165,12 @@ def sink_threshold(model: LlavaForConditionalGeneration, job: Request, dims: Seq
 # -------------------------------------------------------------------------------------------------------- timing
 
 
-def _prefill(model: LlavaForConditionalGeneration, job: Request, text_only: bool = False) -> DynamicCache:
-    ids = job.ids[job.ids != model.config.image_token_id][None] if text_only else job.ids
+def _prefill(model: LlavaForConditionalGeneration, job: Request) -> DynamicCache:
     cache = DynamicCache(config=model.config.get_text_config())
-    extra = {} if text_only else {"mm_encoder_outputs": {"image": job.features}}
-    position = torch.arange(ids.shape[1])[None]
-    model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
+    model(
+        input_ids=job.ids, position_ids=torch.arange(job.ids.shape[1])[None], past_key_values=cache, use_cache=True,
+        logits_to_keep=1, mm_encoder_outputs={"image": job.features},
+    )  # fmt: skip
     return cache
 
 
@@ -192,6 +192,7 @@ class Config:
     per_layer: list[int]
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    text_pass: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -208,10 +209,13 @@ def configurations(shape: Shape, sink_dims: Sequence[int], tau: float) -> list[C
     ]
 
 
-def _facts(session: Any) -> dict[str, Any]:
-    last = getattr(session, "last", None)
-    summary = getattr(last, "to_dict", None) or getattr(last, "summary", None)
-    return dict(summary()) if callable(summary) else {}
+def _facts(session: Session) -> dict[str, Any]:
+    last = session.last
+    return {
+        "visual_tokens_per_layer": last.kept_per_layer(session.info.layers)[0].tolist(),
+        "edited_rows_per_layer": {str(layer): count for layer, count in last.edited.items()},
+        "scaled_heads_per_layer": {str(layer): int((f[0] != 1).sum()) for (_, layer), f in last.factors.items()},
+    }
 
 
 def _time_one(model: LlavaForConditionalGeneration, job: Request, config: Config, steps: int, record: bool) -> None:
@@ -224,14 +228,10 @@ def _time_one(model: LlavaForConditionalGeneration, job: Request, config: Config
         if record:
             config.prefill.append(middle - start)
             config.decode.append((end - middle) / steps)
-        elif session is not None:
+        if session is not None:
             config.facts = _facts(session)
-
-
-def _time_text_only(model: LlavaForConditionalGeneration, job: Request) -> float:
-    start = time.perf_counter()
-    _prefill(model, job, text_only=True)
-    return time.perf_counter() - start
+            if record and "text_stream_s" in session.last.times:
+                config.text_pass.append(session.last.times["text_stream_s"])
 
 
 @contextmanager
@@ -271,25 +271,21 @@ def bench_shape(
         sink_dims = (5, 11)
         tau = sink_threshold(model, job, sink_dims)
         configs = configurations(shape, sink_dims, tau)
-        text_only: list[float] = []
         for number in range(rounds + 1):
             first = number % len(configs)
             for config in configs[first:] + configs[:first]:
                 _time_one(model, job, config, steps, record=number > 0)
                 tick()
-            elapsed = _time_text_only(model, job)
-            if number > 0:
-                text_only.append(elapsed)
-    return _report(shape, configs, text_only, {"sink_dims": list(sink_dims), "tau": tau})
+    return _report(shape, configs, {"sink_dims": list(sink_dims), "tau": tau})
 
 
-def _report(shape: Shape, configs: list[Config], text_only: list[float], sinks: dict[str, Any]) -> dict[str, Any]:
+def _report(shape: Shape, configs: list[Config], sinks: dict[str, Any]) -> dict[str, Any]:
     stock = configs[0]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for config in configs:
         ideal = ideal_ratio(shape, config.per_layer)
         prefill = _spread(config.prefill, stock.prefill)
-        row = {
+        row: dict[str, Any] = {
             "config": config.name,
             "method": config.method.to_dict() if config.method is not None else None,
             "prefill": prefill,
@@ -298,9 +294,9 @@ def _report(shape: Shape, configs: list[Config], text_only: list[float], sinks: 
             "of_ideal_speedup": ideal / prefill["ratio"],
             "facts": config.facts,
         }
-        if config.name == "vhr":
-            rest = [v - t for v, t in zip(config.prefill, text_only, strict=True)]
-            row["text_only_pass_s"] = statistics.median(text_only)
+        if config.text_pass:
+            rest = [v - t for v, t in zip(config.prefill, config.text_pass, strict=True)]
+            row["text_only_pass_s"] = statistics.median(config.text_pass)
             row["prefill_without_text_pass"] = _spread(rest, stock.prefill)
         rows.append(row)
     control = next(r for r in rows if r["config"] == CONTROL)
