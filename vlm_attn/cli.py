@@ -57,14 +57,20 @@ Methods = Annotated[list[str] | None, typer.Option("--method", help="Method name
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Parameter, as KEY=VALUE or METHOD.KEY=VALUE.")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(vlm_attn.__version__, highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    if version:
-        out.print(vlm_attn.__version__, highlight=False)
-        raise typer.Exit
+    pass
 
 
 # ------------------------------------------------------------------------------------------------------ listings
@@ -395,17 +401,21 @@ def _run(args: list[str], debug: bool, as_json: bool) -> int:
         return 1
     except TyperException as error:
         return _fail(f"{error.format_message()} (vlm-attn --help shows what there is)", 2, as_json)
-    except ModuleNotFoundError as error:
-        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
-        cure = f'; install it with: pip install "vlm-attn[{extra}]"' if extra else ""
-        message, code = f"{error}{cure}", 2 if extra else 1
-    except USER_ERRORS as error:
-        message, code = str(error), 2
     except Exception as error:
-        message, code = f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}", 1
-    if debug:
-        err.print_exception()
-    return _fail(message, code, as_json)
+        if debug:
+            err.print_exception()
+        return _fail(*_explained(error, debug), as_json)
+
+
+def _explained(error: Exception, debug: bool) -> tuple[str, int]:
+    """Message and exit code of an error: 2 where the user can cure it, 1 for what must not happen."""
+    if isinstance(error, ModuleNotFoundError):
+        extra = EXTRA_OF.get((error.name or "").partition(".")[0])
+        if extra:
+            return f'{error}; install it with: pip install "vlm-attn[{extra}]"', 2
+    elif isinstance(error, USER_ERRORS):
+        return str(error), 2
+    return f"{type(error).__name__}: {error}{'' if debug else ' (--debug shows where)'}", 1
 
 
 def _fail(message: str, code: int, as_json: bool) -> int:
