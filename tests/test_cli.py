@@ -50,14 +50,7 @@ def test_help_is_fast_because_it_loads_no_torch() -> None:
         assert f" {verb} " in done.stdout
 
 
-def test_the_public_names_are_functions_although_submodules_share_them() -> None:
-    code = (
-        "import vlm_attn, vlm_attn.wrap, vlm_attn.families, types\n"
-        "names = (vlm_attn.wrap, vlm_attn.families, vlm_attn.methods, vlm_attn.method, vlm_attn.attach)\n"
-        "assert all(isinstance(n, types.FunctionType) for n in names), names"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_an_unknown_public_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(AttributeError, match="it offers VLM"):
         vlm_attn.nothing  # noqa: B018
 

@@ -211,9 +211,13 @@ def serve(
     from vlm_attn_demo.ui import build, launch_options
 
     page = build(runner or Runner.load(model))
-    _, url, _ = page.launch(
-        server_name=host, server_port=port or free_port(host), prevent_thread_lock=True, quiet=True, **launch_options()
-    )
+    address = {"server_name": host, "server_port": port or free_port(host)}
+    try:
+        _, url, _ = page.launch(**address, prevent_thread_lock=True, quiet=True, **launch_options())
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}:{port} ({error}): choose another --port, or 0 for a free one"
+        ) from error
     ready(url.rstrip("/"))
     if block:
         try:

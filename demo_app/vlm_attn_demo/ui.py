@@ -172,7 +172,7 @@ def build(runner: Runner) -> gr.Blocks:
     rows = vlm_attn.methods()
     names = [row.name for row in rows]
     first = make_scene(EXAMPLES[0])
-    with gr.Blocks(title="vlm-attn", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
+    with gr.Blocks(title="vlm-attn", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         picture = gr.State(first.image, time_to_live=3600)
         gr.Markdown(
             "# vlm-attn\nOne picture, one question, two ways of attending to it. "
