@@ -103,56 +103,56 @@ Plot = tuple[str, str, Figure]
 
 
 def against_latency(results: Mapping[str, Any]) -> list[Plot]:
-    """Score against the median time of a sample, one panel per kind of benchmark."""
+    """Score against the median time of a sample, one panel per kind of benchmark, one legend for all."""
     panels = [(kind, metric) for kind, metric in (("pope", "accuracy"), ("chair", "chair_i"))
               if tasks_of(results, kind)]  # fmt: skip
     if not panels:
         return []
-    figure = Figure(figsize=(5.6 * len(panels), 4.0), layout="constrained")
-    hues = colours(results)
+    figure = Figure(figsize=(5.5 * len(panels), 4.3), layout="constrained")
+    hues, marks = colours(results), markers(results)
+    handles: dict[str, Any] = {}
     for axes, (kind, metric) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         names = tasks_of(results, kind)
-        points = []
+        seen = []
         for label, scores in results["scores"].items():
-            times = [results["latency"][label][task].get("total_s") for task in names]
-            if all(task in scores for task in names) and all(times):
-                x = 1000 * float(np.mean([t["median"] for t in times if t]))
-                points.append((label, x, *_mean_interval([scores[task] for task in names], metric)))
-        for label, x, value, low, high in points:
+            times = [results["latency"][label].get(task, {}).get("total_s") for task in names]
+            if not all(task in scores for task in names) or not all(times):
+                continue
+            x = 1000 * float(np.mean([t["median"] for t in times if t]))
+            value, low, high = _mean_interval([scores[task] for task in names], metric)
+            seen.append(x)
             base = label == results["baseline"]
-            axes.errorbar(x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], color=hues[label],
-                          marker="D" if base else "o", markersize=8 if base else 7, elinewidth=1.1, alpha=0.95,
-                          zorder=3)  # fmt: skip
-        _spread_labels(axes, points, hues)
+            handles[label] = axes.errorbar(
+                x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], color=hues[label],
+                marker=marks[label], markersize=9 if base else 7, elinewidth=1.1, linestyle="none",
+                markeredgecolor="white", markeredgewidth=0.7, zorder=4 if base else 3,
+            )  # fmt: skip
         lower = metric in LOWER_IS_BETTER
-        name = "CHAIRi, %" if metric == "chair_i" else "accuracy, % (mean of the splits)"
+        name = "CHAIRi, %" if metric == "chair_i" else "accuracy, %" + (" (mean of the splits)" if names[1:] else "")
+        if seen and max(seen) > 5 * min(seen):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+        else:
+            axes.set_xlim(left=0)
+        axes.margins(x=0.12, y=0.12)
         axes.set(title=TITLES[kind], xlabel="median time per sample, ms", ylabel=name)
-        axes.set_xlim(left=0)
-        axes.margins(x=0.22, y=0.12)
-        axes.annotate("better", xy=(0.02, 0.03 if lower else 0.97), xytext=(0.02, 0.16 if lower else 0.84),
-                      xycoords="axes fraction", color=SOFT, fontsize=8, va="top" if lower else "bottom",
+        axes.annotate("better", xy=(0.02, 0.03 if lower else 0.97), xytext=(0.04, 0.16 if lower else 0.84),
+                      xycoords="axes fraction", color=SOFT, fontsize=8, va="bottom" if lower else "top",
                       arrowprops={"arrowstyle": "->", "color": SOFT})  # fmt: skip
-    return [("Score against latency", "Whiskers: 95 % interval. Diamond: baseline; grey: controls. "
-             "Time is measured, on the machine named below.", figure)]  # fmt: skip
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False,
+                  fontsize=8.5, handletextpad=0.3, columnspacing=1.4)  # fmt: skip
+    return [("Score against latency", "Whiskers: 95 % interval. Grey: controls. Times were measured on the machine "
+             "named at the end of this page.", figure)]  # fmt: skip
 
 
-def _spread_labels(
-    axes: Axes, points: Sequence[tuple[str, float, float, float, float]], hues: Mapping[str, str]
-) -> None:
-    """Name every point beside it, moving names apart vertically where they would collide."""
-    if not points:
-        return
-    span = max(p[4] for p in points) - min(p[3] for p in points) or 1.0
-    step = span * 0.062
-    placed: list[tuple[float, float]] = []
-    width = max(p[1] for p in points) or 1.0
-    for label, x, value, _, _ in sorted(points, key=lambda p: (p[2], p[1])):
-        y = value
-        while any(abs(y - other) < step and abs(x - at) < 0.3 * width for at, other in placed):
-            y += step * 0.25
-        placed.append((x, y))
-        axes.annotate(label, xy=(x, value), xytext=(x + 0.025 * width, y), color=hues[label], fontsize=8,
-                      va="center", zorder=4)  # fmt: skip
+def markers(results: Mapping[str, Any]) -> dict[str, str]:
+    """A diamond for the baseline, circles for methods, other shapes for the controls (they share a colour)."""
+    shapes = iter("s^vP<>Xhp" * 10)
+    return {
+        label: "D" if label == results["baseline"] else next(shapes) if is_control(results, label) else "o"
+        for label in results["results"]
+    }
 
 
 def splits(results: Mapping[str, Any]) -> list[Plot]:
@@ -222,6 +222,8 @@ def differences(results: Mapping[str, Any]) -> list[Plot]:
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.margins(x=0.15)
+        low, high = axes.get_xlim()
+        axes.set_xlim(min(low, -1.0), max(high, 1.0))
     return [("Difference to the baseline", "Same questions for both, 95 % interval from resampling pictures. With "
              "many methods, one in twenty intervals misses zero by chance.", figure)]  # fmt: skip
 

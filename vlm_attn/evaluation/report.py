@@ -56,16 +56,26 @@ def write_report(path: Path, results: Mapping[str, Any], recorder: RunRecorder) 
 
 def build_report(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     """The whole page as text."""
-    parts = [_head(results)]
+    plots = [_plot(*plot) for plot in all_plots(results)]
+    parts = [_head(results), *plots[:1]]
     parts += [f"<section><h2>{escape(short(task))}</h2>{table}</section>" for task, table in _tables(results)]
-    for title, caption, svg in all_plots(results):
-        parts.append(f"<section><h2>{escape(title)}</h2><figure><div class='scroll'>{svg}</div>"
-                     f"<figcaption>{escape(caption)}</figcaption></figure></section>")  # fmt: skip
-    parts += [_flips(results, recorder), _parsers(results), _settings(results)]
+    parts += [*plots[1:], _flips(results, recorder), _parsers(results), _settings(results)]
     title = escape(f"vlm-attn: {results['model']}")
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
             f"content='width=device-width'><title>{title}</title><style>{_STYLE}</style></head>"
             f"<body><main>{''.join(parts)}</main></body></html>\n")  # fmt: skip
+
+
+def _plot(title: str, caption: str, svg: str) -> str:
+    return (
+        f"<section><h2>{escape(title)}</h2><figure><div class='scroll'>{svg}</div>"
+        f"<figcaption>{escape(caption)}</figcaption></figure></section>"
+    )
+
+
+def _many(n: int, what: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _head(results: Mapping[str, Any]) -> str:
@@ -80,8 +90,8 @@ def _head(results: Mapping[str, Any]) -> str:
     n = len(results["results"])
     return (
         f"<header><h1>Evaluation of {escape(results['model'])}</h1>"
-        f"<p>{n} column{'s' * (n != 1)} on {len(results['config']['benchmarks'])} benchmarks, every sample through "
-        f"lmms-eval. {escape(where)}; {escape(with_)}; {env.get('threads', '?')} threads.</p>{failed}</header>"
+        f"<p>{_many(n, 'column')} on {_many(len(results['config']['benchmarks']), 'benchmark')}, every sample through "
+        f"lmms-eval. {escape(where)}; {escape(with_)}; {_many(env.get('threads', 0), 'thread')}.</p>{failed}</header>"
     )
 
 
@@ -114,9 +124,11 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             lines.append(f"<tr class='{kind}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         head = "".join(f"<th>{escape(name)}</th>" for name in heads)
         reading = f", answers read by the <code>{escape(first['parser'])}</code> parser" if "parser" in first else ""
-        warm = results["config"]["warmup"]
-        note = (f"<p class='note'>{first['n']} samples on {first['images']} pictures{reading}. Percent, ± half of the "
-                f"95 % interval; times are medians in ms over the samples after {warm} warm-ups.</p>")  # fmt: skip
+        on = f"{_many(first['n'], 'sample')} on {_many(first['images'], 'picture')}{reading}"
+        note = (
+            f"<p class='note'>{on}. Percent, ± half of the 95 % interval; times are medians in ms over the samples "
+            f"after {_many(results['config']['warmup'], 'warm-up')}.</p>"
+        )
         yield task, f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>{note}"
 
 

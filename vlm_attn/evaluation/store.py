@@ -19,9 +19,9 @@ __all__ = ["FolderLock", "JsonLines", "read_json_lines", "write_json", "write_te
 logger = logging.getLogger(__name__)
 
 
-def dumps(value: Any, *, indent: int | None = None) -> str:
-    """JSON with sorted keys, so that equal content gives equal bytes. NaN and infinities are refused."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent, allow_nan=False)
+def dumps(value: Any) -> str:
+    """One line of JSON with sorted keys, so that equal content gives equal bytes. NaN and infinities are refused."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,8 +36,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
-    write_text(path, dumps(value, indent=2) + "\n")
+    """`write_text` of indented JSON, keys in the order given (methods stay in the order of the config)."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

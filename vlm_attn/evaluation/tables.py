@@ -70,7 +70,8 @@ def result_tables(results: Mapping[str, Any]) -> RenderableType:
         Text(
             "Percent, ± half of the 95 % interval (bootstrap over pictures; Wilson for acc and CHAIRs). Δ and p are "
             "paired with the baseline; * interval without 0, not corrected for the number of methods. "
-            "CHAIR: lower is better, read it with recall and length. Times: median ms.",
+            "CHAIR: lower is better, read it with recall and length. Kept: visual tokens, mean over layers. Times: "
+            "median ms (first token, per further token, whole sample).",
             style="dim",
         )
     )
@@ -88,6 +89,7 @@ def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> T
         header_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     names = [name for name in METRICS[kind] if name not in _WIDE]
     table.add_column("method", overflow="fold")
@@ -95,7 +97,7 @@ def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> T
         table.add_column(title(name), justify="right", no_wrap=True)
     compared = COMPARED[kind]
     for name in (f"Δ {title(compared)} [95 %]", "p", "kept", "1st ms", "ms/tok", "ms"):
-        table.add_column(name, justify="right", no_wrap=not name.startswith("Δ"))
+        table.add_column(name, justify="right", no_wrap=True)
     for label, score in rows.items():
         cells = [label]
         for name in names:
@@ -108,7 +110,7 @@ def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> T
         else:
             cells += ["", ""]
         kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
-        cells.append(f"{100 * kept['keep_ratio']:.0f}%" if kept else "-")
+        cells.append(f"{kept['kept_tokens']:.0f}" if kept else "-")
         cells += [milliseconds(times, name) for name in ("first_token_s", "decode_s_per_token", "total_s")]
         table.add_row(*cells)
     return table
