@@ -116,6 +116,10 @@ def test_prompt_tokens_are_those_of_training() -> None:
     ids = processor(images=[scenes.make_scene(1).image], text=[text])["input_ids"][0]
     tail = processor.tokenizer(f"\n{question} ASSISTANT:").input_ids
     assert list(ids) == prefix_ids(processor.tokenizer) + tail
+    chat[0]["content"] = [{"type": "image"}, *chat[0]["content"]]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    ids = processor(images=[scenes.make_scene(1).image] * 2, text=[text])["input_ids"][0]
+    assert list(ids) == prefix_ids(processor.tokenizer, pictures=2) + tail
 
 
 def test_answers_on_calibration_pictures() -> None:
@@ -178,7 +182,7 @@ def test_packed_pass_equals_transformers() -> None:
 
 def test_training_runs_resumes_and_exports(tmp_path: Path) -> None:
     common = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    sizes = ["--vision-batch", "2", "--batch", "2", "--noise-from", "2", "--save-every", "1"]
+    sizes = ["--vision-batch", "2", "--batch", "2", "--noise-from", "2", "--pairs-from", "0", "--save-every", "1"]
     with torch.enable_grad():
         main([*common, *sizes, "--vision-steps", "2", "--steps", "2"])
     first = torch.load(tmp_path / "runs" / "language.pt", weights_only=True)

@@ -75,9 +75,9 @@ to the object's patches: from the asked word in the first two decoder layers, fr
 something in the next two. Attention maps of these heads are cleaner than in a model that was not taught so.
 
 ## Limits
-One picture per prompt was trained; prompts with two pictures and conversations of several turns run but are not
-reliable. Questions outside the forms above get arbitrary answers. Colors and positions of blurred or covered objects
-are less sure than the table's averages.
+Prompts hold one picture, or a picture and a zoom into it (a sixth of the last steps, so less sure). Two unrelated
+pictures and conversations of several turns run but are not reliable. Questions outside the forms above get arbitrary
+answers. Colors and positions of blurred or covered objects are less sure than the table's averages.
 """
 
 

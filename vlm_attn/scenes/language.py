@@ -146,13 +146,15 @@ def absent_kind(scene: Scene, rng: random.Random, in_context: float) -> str:
     return rng.choice([k for k in KINDS if k not in scene.kinds and CONTEXT_OF[k] != scene.context])
 
 
+ATTRIBUTE_FORMS = {"color": 4, "has color": 5, "where": 4, "is at": 8, "how many": 2, "number": 4, "place": 1}
+"""Question forms about attributes and how often they come; yes/no comparisons take longest to learn."""
+
+
 def attribute_turn(scene: Scene, rng: random.Random, share: float = 0.6) -> Turn:
     """A question about color, position, number or place; always answered from the picture."""
     item = rng.choice(scene.objects)
     truth = rng.random() < 0.5
-    form = rng.choices(("color", "has color", "where", "is at", "how many", "number", "place"), (5, 5, 4, 4, 2, 2, 1))[
-        0
-    ]
+    form = rng.choices(tuple(ATTRIBUTE_FORMS), tuple(ATTRIBUTE_FORMS.values()))[0]
     focus: str | None = item.kind
     yes_no = False
     if form == "color":

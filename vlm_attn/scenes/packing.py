@@ -69,9 +69,10 @@ class PackedOutput:
     middle: list[Tensor]
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase, patches: int = 100) -> list[int]:
-    """Token ids in front of the first question: system prompt and `patches` image placeholders."""
-    return tokenizer(f"{BOS}{SYSTEM_PROMPT} USER: {IMAGE * patches}", add_special_tokens=False).input_ids
+def prefix_ids(tokenizer: PreTrainedTokenizerBase, patches: int = 100, pictures: int = 1) -> list[int]:
+    """Token ids in front of the first question: system prompt and `patches` image placeholders a picture."""
+    shown = "\n".join([IMAGE * patches] * pictures)
+    return tokenizer(f"{BOS}{SYSTEM_PROMPT} USER: {shown}", add_special_tokens=False).input_ids
 
 
 def pack_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Turn]], later: float) -> TurnGroup:
@@ -85,7 +86,7 @@ def pack_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Sequence[Turn
     labels = torch.full(shape, IGNORED)
     weights = torch.full(shape, later)
     kind_ids = dict(zip(tokenizer.convert_tokens_to_ids([f"▁{k}" for k in KINDS]), range(len(KINDS)), strict=True))
-    telling_words = (*COLOUR_NAMES, *ROWS, *COLUMNS, "Yes")
+    telling_words = (*COLOUR_NAMES, *ROWS, *COLUMNS, "Yes", "No")
     telling_ids = set(tokenizer.convert_tokens_to_ids([f"▁{word}" for word in telling_words]))
     focus, kinds, visible, telling, told = [], [], [], [], []
     for i, (turn, prompt, answer) in enumerate(zip(flat, prompts, answers, strict=True)):

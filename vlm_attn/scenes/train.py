@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, distributed, multiprocessing, nn
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -29,13 +31,15 @@ from vlm_attn.scenes.objectives import PictureBatch, VisionHeads, picture_batch
 from vlm_attn.scenes.packing import TurnGroup, answer_loss, pack_turns, packed_forward, prefix_ids
 from vlm_attn.scenes.seeds import split_seeds
 from vlm_attn.scenes.tokenizer import build_tokenizer
-from vlm_attn.scenes.world import Scene, make_scene
+from vlm_attn.scenes.world import IMAGE_SIZE, Scene, make_scene
 
 logger = logging.getLogger(__name__)
 
-EXISTENCE_TURNS = 9
-ATTRIBUTE_TURNS = 6
+EXISTENCE_TURNS = 7
+ATTRIBUTE_TURNS = 9
 CAPTION_TURNS = 2
+PAIR_EVERY = 6
+"""From `--pairs-from` on, every that many steps the prompt holds the picture and a zoom into it."""
 LANGUAGE_START = 100_000_000
 """The language stage starts this many seeds into the training split, so its pictures are new to the tower too."""
 
@@ -51,6 +55,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="pictures per language step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--noise-from", type=int, default=1000, help="step at which the noisy annotator takes over")
+    parser.add_argument(
+        "--pairs-from", type=int, default=2000, help="step from which every sixth step shows a zoom too"
+    )
     parser.add_argument("--noise", type=float, nargs=2, default=Annotator().rates, help="its rates per signature rank")
     parser.add_argument("--cooldown", type=float, default=0.3, help="last share of the steps, with a falling rate")
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
@@ -198,6 +205,17 @@ def train_vision(model: LlavaForConditionalGeneration, heads: VisionHeads, optio
     )
 
 
+def zooms(scenes: Iterable[Scene], rng: random.Random) -> Tensor:
+    """A random square part of each picture, enlarged to full size, float32 [B, 3, 80, 80]."""
+    pixels = []
+    for scene in scenes:
+        edge = round(rng.uniform(0.4, 0.8) * IMAGE_SIZE)
+        x, y = rng.randint(0, IMAGE_SIZE - edge), rng.randint(0, IMAGE_SIZE - edge)
+        part = scene.image.crop((x, y, x + edge, y + edge)).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        pixels.append(torch.from_numpy(np.array(part)).permute(2, 0, 1))
+    return torch.stack(pixels).float() / 127.5 - 1
+
+
 def make_turns(scenes: Iterable[Scene], annotator: Annotator, rng: random.Random) -> tuple[list, list]:
     """Short questions and one caption request for each scene."""
     short: list[list[Turn]] = []
@@ -216,7 +234,7 @@ def train_language(
     options: argparse.Namespace,
 ) -> None:
     """Stage 2: projector and decoder on questions and captions; the tower follows slowly."""
-    prefix = torch.tensor(prefix_ids(tokenizer))
+    prefix, pair_prefix = (torch.tensor(prefix_ids(tokenizer, pictures=n)) for n in (1, 2))
     start = int((prefix == model.config.image_token_id).int().argmax())
     teacher = LookupTeacher(tokenizer, HIDDEN)
     annotator = Annotator(rates=tuple(options.noise))
@@ -230,7 +248,12 @@ def train_language(
         groups = [pack_turns(tokenizer, short, 0.3), pack_turns(tokenizer, long, 0.5)]
         seen, patches, sight = vision_loss(tower, heads, batch.pixels, batch)
         features = projector(patches)
-        output = packed_forward(model, features, prefix, groups)
+        paired = step >= options.pairs_from and step % PAIR_EVERY == 0
+        if paired:
+            zoomed = tower(zooms(scenes, rng), output_hidden_states=True).hidden_states[-2][:, 1:]
+            output = packed_forward(model, torch.cat([features, projector(zoomed)], 1), pair_prefix, groups)
+        else:
+            output = packed_forward(model, features, prefix, groups)
         aligned, alignment = teacher.alignment(features, model.get_input_embeddings().weight, batch)
         found, finding = teacher.found(output, groups)
         asked, telling = teacher.guidance(output, groups, batch, start)
@@ -238,7 +261,7 @@ def train_language(
         turns = sum(g.ids.shape[0] * g.ids.shape[1] for g in groups)
         answers = torch.stack(sums).sum() / turns
         # guidance fades: it opens the way, the answers decide what stays
-        help_share = max(0.1, 1 - step / (0.6 * options.steps))
+        help_share = 0.0 if paired else max(0.1, 1 - step / (0.6 * options.steps))
         loss = answers + 0.3 * aligned + help_share * (0.2 * asked + 0.2 * telling + 0.3 * found) + 0.3 * seen
         figures = {"answers": float(answers.detach()), "aligned": alignment, "found": finding}
         figures |= {"asked": float(asked.detach()), "telling": float(telling.detach()), "patch": sight["patch object"]}
