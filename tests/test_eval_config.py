@@ -121,3 +121,29 @@ def test_unknown_method_and_parameter_and_benchmark_are_found_before_the_run(tmp
         validate_config(path)
     assert "did you mean 'fastv'" in str(caught.value)
     assert "did you mean 'layer'" in str(caught.value)
+
+
+def test_unknown_benchmark_is_found_before_the_run(tmp_path: Path) -> None:
+    from vlm_attn.evaluation import validate_config
+
+    path = tmp_path / "c.yaml"
+    path.write_text("benchmarks: [scenes_pope_popularr]\n")
+    with pytest.raises(ConfigError, match="Did you mean 'scenes_pope_popular'"):
+        validate_config(path)
+
+
+def test_catalogue_lists_what_ships() -> None:
+    from vlm_attn.evaluation import benchmarks
+    from vlm_attn.evaluation.runner import local_tasks
+
+    assert sorted(row.name for row in benchmarks()) == local_tasks()
+
+
+def test_importing_the_package_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, vlm_attn.evaluation as e; e.load_config; print([m for m in ('torch', 'lmms_eval', 'datasets') "
+    code += "if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

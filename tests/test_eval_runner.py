@@ -195,11 +195,12 @@ def lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def compare(folder: Path, other: Path) -> None:
+def compare(folder: Path, other: Path, ignore: tuple[str, ...] = ("output",)) -> None:
     """Everything but measured times is equal, sample for sample and byte for byte."""
     assert (folder / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
     ours, theirs = unmeasured(folder), unmeasured(other)
-    ours["config"].pop("output"), theirs["config"].pop("output")
+    for key in ignore:
+        del ours["config"][key], theirs["config"][key]
     assert ours == theirs
     for path in sorted((other / "methods").iterdir()):
         assert (folder / "methods" / path.name).read_bytes() == path.read_bytes()

@@ -212,7 +212,10 @@ def local_tasks() -> list[str]:
 def _check_benchmarks(config: EvalConfig) -> None:
     local = local_tasks()
     others = [entry.name for entry in config.benchmarks if entry.name not in local]
-    if others:
+    for name in others:
+        if name.startswith("scenes"):
+            raise ConfigError(unknown_name("benchmark", name, local))
+    if others:  # indexing lmms-eval's own tasks takes seconds
         known = [*local, *_task_manager(defaults=True).all_tasks]
         for name in others:
             if name not in known:

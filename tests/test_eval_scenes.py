@@ -1,0 +1,109 @@
+"""The whole way with the checkpoint that ships: documents, the runner on real methods, batches, kill and continue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lmms_eval")
+
+import vlm_attn
+from tests.test_eval_runner import compare, lines, unmeasured
+from vlm_attn.evaluation import run_config
+from vlm_attn.evaluation.runner import RunResult
+from vlm_attn.evaluation.scenes_docs import documents, object_words, picture
+from vlm_attn.evaluation.store import read_json_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = ROOT / "eval_configs" / "scenes_smoke.yaml"
+CHECKPOINT = Path(vlm_attn.__file__).parent / "scenes" / "checkpoint"
+needs_checkpoint = pytest.mark.skipif(not (CHECKPOINT / "config.json").is_file(), reason="no scenes checkpoint here")
+FEW: dict[str, Any] = {
+    "methods": ["baseline", "noop", "fastv", "vcd", "carve"],
+    "benchmarks": ["scenes_pope_adversarial", "scenes_chair"],
+    "limit": 2,
+    "max_new_tokens": 6,
+    "resamples": 100,
+    "quiet": True,
+}
+
+
+@pytest.mark.parametrize("split", ["random", "popular", "adversarial"])
+def test_pope_documents(split: str) -> None:
+    docs = documents(f"pope_{split}")
+    assert len(docs) == 3000
+    assert [doc["label"] for doc in docs] == ["yes", "no"] * 1500
+    assert set(Counter(doc["image_id"] for doc in docs).values()) == {6}
+    assert [doc["question_id"] for doc in docs] == list(range(1, 3001))
+
+
+def test_caption_and_pair_documents() -> None:
+    captions = documents("chair")
+    assert len(captions) == 500
+    assert all(kind in object_words().nodes for doc in captions for kind in doc["truth"])
+    assert picture(captions[0]).mode == "RGB"
+    pairs = Counter((doc["category"], doc["pair"]) for doc in documents("mme"))
+    assert len(pairs) == 120
+    assert set(pairs.values()) == {2}
+    with pytest.raises(ValueError, match="Did you mean 'pope_random'"):
+        documents("pope_randm")
+
+
+def test_plurals_count_as_mentions() -> None:
+    assert object_words().mentions("Two dogs, three benches and a bus.") == ["dog", "bench", "bus"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run_config(SMOKE, {**FEW, "output": str(tmp_path_factory.mktemp("scenes"))})
+
+
+@needs_checkpoint
+def test_methods_run_and_noop_changes_nothing(finished: RunResult) -> None:
+    assert finished.failed == {}
+    for task in FEW["benchmarks"]:
+        assert finished.results["paired"]["noop"][task]["same_text"] == 1.0
+        assert finished.results["latency"]["fastv"][task]["n"] == 2
+        kept = {label: finished.results["kept_tokens"][label][task] for label in FEW["methods"]}
+        assert kept["baseline"]["keep_ratio"] == 1
+        assert kept["fastv"]["keep_ratio"] < 1
+        assert kept["carve"]["visual_tokens"] == 2 * kept["baseline"]["visual_tokens"]
+    assert finished.report is not None
+    assert finished.report.stat().st_size > 10_000
+
+
+@needs_checkpoint
+def test_batches_answer_like_single_requests(finished: RunResult, tmp_path: Path) -> None:
+    batched = run_config(SMOKE, {**FEW, "batch_size": 2, "output": str(tmp_path), "report": False})
+    texts = [
+        {(r["method"], r["task"], r["doc_id"]): r["text"].strip() for r in read_json_lines(f / "samples.jsonl")}
+        for f in (finished.folder, batched.folder)
+    ]
+    assert texts[0] == texts[1]
+
+
+@needs_checkpoint
+@pytest.mark.slow
+def test_killed_and_continued_on_the_real_model(finished: RunResult, tmp_path: Path) -> None:
+    """kill -9 between two samples of a real run, rerun with the same command: the same files."""
+    code = "import sys; from tests.test_eval_scenes import FEW, SMOKE, run_config; "
+    code += "run_config(SMOKE, {**FEW, 'output': sys.argv[1], 'report': False})"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 300
+    while lines(tmp_path) < 7 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert 7 <= lines(tmp_path) < lines(finished.folder)
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    assert unmeasured(tmp_path)["config"]["report"] is False
+    compare(tmp_path, finished.folder, ignore=("output", "report"))
