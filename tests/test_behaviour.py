@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer, pipeline
+from transformers import TextIteratorStreamer
 
 import vlm_attn
 from tests import models
@@ -19,7 +18,6 @@ from tests.runs import distance, greedy
 
 GENERATING = sorted(name for name in MATRIX if MATRIX[name].acts_on != "picture")
 ACTIVE = [name for name in GENERATING if MATRIX[name].acts_on != "nothing"]
-CHECKPOINT = Path(vlm_attn.__file__).parent / "scenes" / "checkpoint"
 
 
 def default(name: str) -> Any:
@@ -150,21 +148,3 @@ def test_prune_edit_and_contrast_run_together() -> None:
             runs.append(greedy(model, inputs, 3)[2])
     for one, two in itertools.pairwise(runs):
         assert not torch.equal(one, two)
-
-
-def test_pipeline_object_takes_the_wrapped_model() -> None:
-    if not (CHECKPOINT / "config.json").is_file():
-        pytest.skip("the scenes checkpoint is not in this tree")
-    vlm = vlm_attn.wrap("scenes", "fastv")
-    try:
-        pipe = pipeline("image-text-to-text", model=vlm.model, processor=vlm.processor)
-        messages = [
-            {"role": "user", "content": [
-                {"type": "image", "image": models.picture(96, 96)}, {"type": "text", "text": "Describe the picture."},
-            ]}
-        ]  # fmt: skip
-        out = pipe(text=messages, max_new_tokens=5, return_full_text=False)
-        assert isinstance(out[0]["generated_text"], str)
-        assert vlm.model.config.model_type == "llava"
-    finally:
-        vlm.close()
