@@ -77,6 +77,12 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
         image.wait_for()
         assert image.evaluate("async e => { await e.decode(); return e.naturalWidth }") == 480
 
+    # a proposed question, asked at once
+    page.get_by_role("button", name="Is there a dog in the image?").click()
+    assert ask(page) == "Done."
+    assert page.input_value("#question textarea") == "Is there a dog in the image?"
+    assert page.input_value("#answer-A textarea").split(",")[0] in ("Yes", "No")
+
     # bad files: said clearly, and the page goes on working
     for kind, message in (("text", "not a readable picture"), ("truncated", "truncated"), ("bomb", "too large")):
         page.set_input_files("#upload input[type=file]", make_upload(tmp_path, kind))

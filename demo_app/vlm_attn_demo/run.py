@@ -216,7 +216,7 @@ def serve(
         _, url, _ = page.launch(**address, prevent_thread_lock=True, quiet=True, **launch_options())
     except OSError as error:
         raise ValueError(
-            f"cannot listen on {host}:{port} ({error}): choose another --port, or 0 for a free one"
+            f"cannot listen on {host}:{port}: choose another port, or 0 for a free one ({error})"
         ) from error
     ready(url.rstrip("/"))
     if block:

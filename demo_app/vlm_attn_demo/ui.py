@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from vlm_attn_demo import overlays, parameters
 from vlm_attn_demo.run import MAX_QUESTION, MAX_UPLOAD, Reply, Runner, open_upload
 
 PLAIN = "plain model"
-EDGE = 360
+EDGE = 384
 KEPT = "Visual tokens kept"
 EXAMPLES = tuple(CALIBRATION_SEEDS[i] for i in (19, 8, 27, 16, 30, 46))
 QUESTIONS = (
@@ -47,6 +48,8 @@ CSS = """
 .gradio-container .parameters { max-height: 330px; overflow-y: auto; }
 #question textarea { min-height: 44px; line-height: 1.6; }
 #ask { min-height: 44px; }
+#try { gap: .5rem; flex-wrap: wrap; }
+#try button { flex: 0 1 auto; white-space: nowrap; font-weight: 400; padding: .35rem .8rem; }
 footer { display: none !important; }
 """
 
@@ -204,7 +207,11 @@ def build(runner: Runner) -> gr.Blocks:
                 placeholder="A question about the picture", elem_id="question",
             )  # fmt: skip
             ask = gr.Button("Ask both", variant="primary", scale=1, min_width=140, elem_id="ask")
-        gr.Examples([[q] for q in QUESTIONS], question, label="Try")
+        with gr.Row(elem_id="try"):
+            for text in QUESTIONS:  # filled in by the browser: a press of Ask right afterwards asks this question
+                gr.Button(text, size="sm", min_width=80).click(
+                    None, None, question, js=f"() => {json.dumps(text)}", api_visibility="private"
+                )
         status = gr.HTML(
             note("", "Choose a picture, type a question and press Ask both."), padding=False, elem_id="status"
         )
