@@ -30,10 +30,15 @@ class FakeVlm:
         self.spec: dict[str, Any] | None = None
         self.delay = delay
         self.calls = 0
+        self.calibrated: dict[str, Any] = {}
 
     @property
     def methods(self) -> tuple[()]:
         return ()
+
+    @property
+    def method(self) -> list[Any]:
+        return [] if self.spec is None else [self.spec | self.calibrated]
 
     def set_method(self, spec: Any) -> None:
         if spec and spec["name"] == "broken_setup":

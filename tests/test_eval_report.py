@@ -106,6 +106,14 @@ def test_terminal_tables_fit(result: RunResult) -> None:
         assert task in text
 
 
+def test_averages_are_plain_means_of_the_splits(result: RunResult) -> None:
+    means = result.results["pope_averages"]["noop"]
+    scores = result.results["scores"]["noop"]
+    both = [scores[f"scenes_pope_{split}"]["metrics"]["f1"] for split in ("random", "popular")]
+    assert means["f1"] == pytest.approx(sum(both) / 2)
+    assert "f1_random_minus_adversarial" not in means  # no adversarial split in this run
+
+
 def test_no_page_when_switched_off(tmp_path: Path) -> None:
     config = build_config(
         {"benchmarks": ["scenes_chair"], "limit": 3, "output": str(tmp_path), "quiet": True, "report": False}

@@ -157,6 +157,10 @@ def test_other_settings_or_weights_are_not_mixed(tmp_path: Path) -> None:
     other.vlm.model.weight += 1
     with pytest.raises(ConfigError, match="weights differ"):
         run(config(tmp_path, limit=7, benchmarks=["scenes_chair"]), other)
+    calibrated = FakeBackend()
+    calibrated.vlm.calibrated = {"sigma": 2.0}
+    with pytest.raises(ConfigError, match="calibrated values"):
+        run(config(tmp_path, limit=7, benchmarks=["scenes_chair"]), calibrated)
     anew = run(config(tmp_path, limit=6, benchmarks=["scenes_chair"], seed=1, resume=False), FakeBackend())
     assert anew.results["config"]["seed"] == 1
 

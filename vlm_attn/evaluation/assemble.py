@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_attn.evaluation.config import EvalConfig, method_hash
 from vlm_attn.evaluation.recorder import RunRecorder
-from vlm_attn.evaluation.summary import compare, kept_tokens, latency, rater_for
+from vlm_attn.evaluation.summary import compare, kept_tokens, latency, pope_averages, rater_for
 
 __all__ = ["HARNESS_KEYS", "assemble"]
 
@@ -20,9 +20,13 @@ def assemble(
     harness: Mapping[str, Mapping[str, Any]],
     recorder: RunRecorder,
     failed: Mapping[str, str],
-    env: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The whole content of ``results.json``. Everything but ``latency`` and ``env`` is a function of the samples."""
+    """The whole content of ``results.json``. Everything but ``latency`` and ``env`` is a function of the samples.
+
+    ``identity`` is what `runner` keeps in ``run.json``: environment, and each method with its calibrated values.
+    """
+    env, calibrated = identity.get("env", {}), identity.get("methods", {})
     baseline = config.methods[0].label
     options = {"seed": config.seed, "resamples": config.resamples}
     scores: dict[str, Any] = {}
@@ -53,8 +57,12 @@ def assemble(
         "model": config.model,
         "baseline": baseline,
         "config": config.resolved(),
-        "method": {label: {"config": described[label], "hash": method_hash(described[label])} for label in described},
+        "method": {
+            label: {"config": spec, "hash": method_hash(spec), "resolved": calibrated.get(method_hash(spec))}
+            for label, spec in described.items()
+        },
         "scores": scores,
+        "pope_averages": {label: means for label, tasks in scores.items() if (means := pope_averages(tasks))},
         "paired": paired,
         "kept_tokens": kept,
         "latency": times,

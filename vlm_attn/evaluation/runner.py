@@ -25,6 +25,7 @@ import yaml
 from rich.console import Console
 
 from vlm_attn.evaluation import environment
+from vlm_attn.evaluation.answers import plain
 from vlm_attn.evaluation.assemble import HARNESS_KEYS, assemble
 from vlm_attn.evaluation.config import ConfigError, EvalConfig, MethodEntry, load_config, method_hash
 from vlm_attn.evaluation.matching import unknown_name
@@ -142,8 +143,7 @@ def run(config: EvalConfig, backend: Backend | None = None, console: Console | N
             model.close()
             samples.close()
             timings.close()
-        env = environment.read_identity(folder / "run.json").get("env", {})
-        results = assemble(config, described, harness, recorder, failed, env)
+        results = assemble(config, described, harness, recorder, failed, environment.read_identity(model.path))
         write_json(folder / "results.json", results)
         for label, figures in harness.items():
             write_json(folder / "methods" / f"{re.sub(r'[^A-Za-z0-9_.+=-]', '_', label)}.json", figures)
@@ -167,24 +167,38 @@ class _Model:
         self.config, self.backend, self.path = config, backend, folder / "run.json"
         self.vlm: Any = None
         self.entry: MethodEntry | None = None
+        self.digest = ""
         self._active: MethodEntry | None = None
         self.identity = environment.read_identity(self.path)
         environment.check_identity(self.identity, {"settings": config.answer_key()}, folder)
 
-    def use(self, entry: MethodEntry) -> None:
-        self.entry = entry
+    def use(self, entry: MethodEntry, digest: str) -> None:
+        self.entry, self.digest = entry, digest
 
     def get(self) -> Any:
         if self.vlm is None:
             self.vlm = self.backend.load(self.config)
             identity = {"settings": self.config.answer_key(), "weights": environment.weights_hash(self.vlm.model)}
             environment.check_identity(self.identity, identity, self.path.parent)
-            write_json(self.path, identity | {"env": environment.describe(self.vlm)})
+            self.identity = {"methods": {}, **self.identity, **identity, "env": environment.describe(self.vlm)}
+            write_json(self.path, self.identity)
         if self._active is not self.entry:
             self._active = None
             self.vlm.set_method(self.entry.spec() if self.entry else None)
+            self._keep_resolved(plain(self.vlm.method))
             self._active = self.entry
         return self.vlm
+
+    def _keep_resolved(self, resolved: Any) -> None:
+        """Remember what the checkpoint's calibration made of the method; a continued run must find the same."""
+        known = self.identity["methods"]
+        if known.setdefault(self.digest, resolved) != resolved:
+            raise ConfigError(
+                f"{self.path.parent} holds answers of {self.entry.label if self.entry else 'this method'} with other "
+                f"calibrated values ({known[self.digest]} then, {resolved} now). Choose another `output`, or pass "
+                "resume=false."
+            )
+        write_json(self.path, self.identity)
 
     def close(self) -> None:
         if self.vlm is not None:
@@ -252,8 +266,9 @@ def _run_methods(
             bar=progress.bar,
         )
         for entry in config.methods:
-            model.use(entry)
-            recorder.use(entry.label, method_hash(described[entry.label]))
+            digest = method_hash(described[entry.label])
+            model.use(entry, digest)
+            recorder.use(entry.label, digest)
             merged: dict[str, Any] = {}
             try:
                 for benchmark in config.benchmarks:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vlm_attn.evaluation import chair, mme, parsers
 from vlm_attn.evaluation import statistics as st
 
-__all__ = ["HEADLINE", "Rater", "compare", "flips", "kept_tokens", "latency", "rater_for"]
+__all__ = ["HEADLINE", "Rater", "compare", "flips", "kept_tokens", "latency", "pope_averages", "rater_for"]
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -197,6 +197,22 @@ def rater_for(task: str, parser: str = "pope") -> Rater | None:
 
         return _chair_rater(object_words())
     return _mme_rater() if task == "scenes_mme" else None
+
+
+def pope_averages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Plain means over the POPE splits of one method, and how far F1 falls from random to adversarial negatives.
+
+    Empty with fewer than two splits.
+    """
+    splits = {task: score["metrics"] for task, score in scores.items() if score["kind"] == "pope"}
+    if len(splits) < 2:
+        return {}
+    out = {name: float(np.mean([row[name] for row in splits.values()])) for name in ("accuracy", "f1", "yes_ratio")}
+    ends = [next((row["f1"] for task, row in splits.items() if task.endswith(end)), None)
+            for end in ("random", "adversarial")]  # fmt: skip
+    if ends[0] is not None and ends[1] is not None:
+        out["f1_random_minus_adversarial"] = ends[0] - ends[1]
+    return out
 
 
 def compare(

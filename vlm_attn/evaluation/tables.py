@@ -31,6 +31,7 @@ _NAMES = {
     "yes_ratio": "yes",
     "len_words": "words",
     "acc_plus": "acc+",
+    "f1_random_minus_adversarial": "F1 random - adversarial",
 }
 _ABSOLUTE = ("len_words", "len_tokens", "score")
 
@@ -64,6 +65,8 @@ def result_tables(results: Mapping[str, Any]) -> RenderableType:
         task = benchmark["name"]
         rows = {label: tasks[task] for label, tasks in results["scores"].items() if task in tasks}
         parts.append(_scored(results, task, rows) if rows else _plain(results, task))
+    if results.get("pope_averages"):
+        parts.append(_averages(results["pope_averages"]))
     for label, message in results["failed"].items():
         parts.append(Text(f"{label}: not finished ({message})", style="red"))
     parts.append(
@@ -113,6 +116,19 @@ def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> T
         cells.append(f"{kept['kept_tokens']:.0f}" if kept else "-")
         cells += [milliseconds(times, name) for name in ("first_token_s", "decode_s_per_token", "total_s")]
         table.add_row(*cells)
+    return table
+
+
+def _averages(means: Mapping[str, Mapping[str, float]]) -> Table:
+    """POPE over its splits: plain means, and the fall of F1 from random to adversarial."""
+    table = Table(title="POPE, mean of the splits", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+                  title_justify="left", title_style="bold", header_style="bold")  # fmt: skip
+    names = ("accuracy", "f1", "yes_ratio", "f1_random_minus_adversarial")
+    table.add_column("method", overflow="fold")
+    for name in names:
+        table.add_column(title(name), justify="right", no_wrap=True)
+    for label, row in means.items():
+        table.add_row(label, *(shown(name, row[name]) if name in row else "-" for name in names))
     return table
 
 
