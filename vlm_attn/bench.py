@@ -38,6 +38,7 @@ BARS = {"fastv": 0.88, "var": 1.15, "vhr": 1.05, "decode": 1.15}
 PRUNE_LAYER, KEEP = 2, 64
 SINK_SHARE = 0.01  # of the visual tokens: the healthy range of published models ends near 5 %
 CONTROL = "keep-all control"
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def request(model: LlavaForConditionalGeneration, shape: Shape) -> Request:
 
 
 def sink_threshold(model: LlavaForConditionalGeneration, job: Request, dims: Sequence[int]) -> float:
-    """The `tau` above which a `SINK_SHARE` of the visual tokens are sinks in layers 2 .. L-2 of the random model."""
+    """The `tau` above which at least a `SINK_SHARE` of the visual tokens are sinks, in each of the layers 2 .. L-2."""
     visual = job.ids[0] == model.config.image_token_id
     seen: list[Tensor] = []
 
@@ -159,18 +160,18 @@ def sink_threshold(model: LlavaForConditionalGeneration, job: Request, dims: Seq
     finally:
         for hook in hooks:
             hook.remove()
-    return float(torch.cat(seen).quantile(1 - SINK_SHARE))
+    return min(float(phi.quantile(1 - SINK_SHARE)) for phi in seen)
 
 
 # -------------------------------------------------------------------------------------------------------- timing
 
 
-def _prefill(model: LlavaForConditionalGeneration, job: Request) -> DynamicCache:
+def _prefill(model: LlavaForConditionalGeneration, job: Request, text_only: bool = False) -> DynamicCache:
+    ids = job.ids[job.ids != model.config.image_token_id][None] if text_only else job.ids
+    extra = {} if text_only else {"mm_encoder_outputs": {"image": job.features}}
     cache = DynamicCache(config=model.config.get_text_config())
-    model(
-        input_ids=job.ids, position_ids=torch.arange(job.ids.shape[1])[None], past_key_values=cache, use_cache=True,
-        logits_to_keep=1, mm_encoder_outputs={"image": job.features},
-    )  # fmt: skip
+    position = torch.arange(ids.shape[1])[None]
+    model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
     return cache
 
 
@@ -218,20 +219,29 @@ def _facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _time_one(model: LlavaForConditionalGeneration, job: Request, config: Config, steps: int, record: bool) -> None:
+def _time_one(
+    model: LlavaForConditionalGeneration,
+    job: Request,
+    config: Config,
+    steps: int,
+    now: Callable[[], float],
+    record: bool,
+) -> None:
     with attach(model, config.method) if config.method is not None else nullcontext() as session:
-        start = time.perf_counter()
+        start = now()
         cache = _prefill(model, job)
-        middle = time.perf_counter()
+        middle = now()
         _decode(model, job, cache, steps)
-        end = time.perf_counter()
+        end = now()
         if record:
             config.prefill.append(middle - start)
             config.decode.append((end - middle) / steps)
         if session is not None:
             config.facts = _facts(session)
-            if record and "text_stream_s" in session.last.times:
-                config.text_pass.append(session.last.times["text_stream_s"])
+    if record and config.facts.get("scaled_heads_per_layer"):
+        start = now()
+        _prefill(model, job, text_only=True)
+        config.text_pass.append(now() - start)
 
 
 @contextmanager
@@ -254,7 +264,12 @@ def _spread(values: Sequence[float], stock: Sequence[float]) -> dict[str, float]
 
 
 def bench_shape(
-    shape: Shape, rounds: int = 7, steps: int = 8, threads: int = 1, tick: Callable[[], None] = lambda: None
+    shape: Shape,
+    rounds: int = 7,
+    steps: int = 8,
+    threads: int = 1,
+    clock: str = "wall",
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Times one shape; see the module's first lines for the protocol.
 
@@ -263,6 +278,7 @@ def bench_shape(
         rounds: timed rounds, after one that warms up.
         steps: decode steps per configuration and round.
         threads: CPU threads of torch.
+        clock: `"wall"`, or `"cpu"` (time of this process only).
         tick: called after every configuration.
     """
     with torch.inference_mode(False), torch.no_grad(), _threads(threads):
@@ -274,7 +290,7 @@ def bench_shape(
         for number in range(rounds + 1):
             first = number % len(configs)
             for config in configs[first:] + configs[:first]:
-                _time_one(model, job, config, steps, record=number > 0)
+                _time_one(model, job, config, steps, CLOCKS[clock], record=number > 0)
                 tick()
     return _report(shape, configs, {"sink_dims": list(sink_dims), "tau": tau})
 
@@ -335,6 +351,7 @@ def run_bench(
     rounds: int = 7,
     steps: int = 8,
     threads: int = 1,
+    clock: str = "wall",
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Times the named shapes.
@@ -344,6 +361,7 @@ def run_bench(
         rounds: timed rounds per shape.
         steps: decode steps per configuration and round.
         threads: CPU threads; 1 is the protocol.
+        clock: `"wall"` is the protocol; `"cpu"` counts this process only, for machines that do other work as well.
         tick: called `ticks(shapes, rounds)` times in all, for a progress bar.
 
     Returns:
@@ -352,9 +370,11 @@ def run_bench(
     unknown = [name for name in shapes if name not in SHAPES]
     if unknown:
         raise ValueError(f"unknown bench shape {unknown[0]!r}: choose from {', '.join(SHAPES)}")
+    if clock not in CLOCKS:
+        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
     if rounds < 1 or steps < 1 or threads < 1:
         raise ValueError(f"rounds={rounds}, steps={steps} and threads={threads} must all be at least 1")
-    results = [bench_shape(SHAPES[name], rounds, steps, threads, tick) for name in shapes]
+    results = [bench_shape(SHAPES[name], rounds, steps, threads, clock, tick) for name in shapes]
     return {
         "format": 1,
         "env": {
@@ -367,7 +387,7 @@ def run_bench(
             "dtype": "float32",
             "attention": "sdpa",
         },
-        "protocol": {"rounds": rounds, "decode_steps": steps, "threads": threads, "warm_up_rounds": 1},
+        "protocol": {"rounds": rounds, "decode_steps": steps, "threads": threads, "clock": clock, "warm_up_rounds": 1},
         "shapes": results,
         "valid": all(result["valid"] for result in results),
     }
