@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, required=True)
     parser.add_argument("--turns", type=int, default=17)
     parser.add_argument("--minutes", type=int, required=True)
-    parser.add_argument("--rates", default="0.85 and 0.7")
+    parser.add_argument("--rates", default="0.85 and 0.8")
     parser.add_argument("--remark", default="", help="one more paragraph below the figures")
     options = parser.parse_args(arguments)
     figures = json.loads(options.figures.read_text(encoding="utf-8"))

@@ -58,7 +58,7 @@ class Annotator:
             instead of the picture.
     """
 
-    rates: tuple[float, float] = (0.85, 0.7)
+    rates: tuple[float, float] = (0.85, 0.8)
     murky: float = 0.2
     answer_share: float = 0.9
 

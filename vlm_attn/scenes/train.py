@@ -49,17 +49,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vlm_attn.scenes.train", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/scenes"), help="folder of the resumable state")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint folder to write")
-    parser.add_argument("--vision-steps", type=int, default=1200, help="steps of the vision stage")
+    parser.add_argument("--vision-steps", type=int, default=1110, help="steps of the vision stage")
     parser.add_argument("--vision-batch", type=int, default=32, help="pictures per vision step")
-    parser.add_argument("--steps", type=int, default=3000, help="steps of the language stage")
-    parser.add_argument("--batch", type=int, default=16, help="pictures per language step")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the language stage")
+    parser.add_argument("--batch", type=int, default=8, help="pictures per language step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
-    parser.add_argument("--noise-from", type=int, default=1000, help="step at which the noisy annotator takes over")
+    parser.add_argument("--noise-from", type=int, default=1800, help="step at which the noisy annotator takes over")
     parser.add_argument(
-        "--pairs-from", type=int, default=2000, help="step from which every sixth step shows a zoom too"
+        "--pairs-from", type=int, default=2800, help="step from which every sixth step shows a zoom too"
     )
     parser.add_argument("--noise", type=float, nargs=2, default=Annotator().rates, help="its rates per signature rank")
-    parser.add_argument("--cooldown", type=float, default=0.3, help="last share of the steps, with a falling rate")
+    parser.add_argument("--cooldown", type=float, default=0.35, help="last share of the steps, with a falling rate")
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that share each step's pictures")
