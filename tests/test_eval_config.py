@@ -41,6 +41,7 @@ def test_methods_with_parameters_and_pipelines() -> None:
     assert [m.label for m in config.methods] == ["baseline", "fastv at 3", "fastv+var"]
     assert config.methods[1].spec() == {"name": "fastv", "layer": 3}
     assert config.methods[2].spec() == [{"name": "fastv"}, {"name": "var"}]
+    assert build_config(config.resolved()) == config
     assert method_hash(config.methods[1].spec()) != method_hash({"name": "fastv"})
 
 
@@ -108,6 +109,7 @@ def test_shipped_configs(path: Path) -> None:
 
     resolved = validate_config(path)
     assert resolved["methods"][0]["label"] == "baseline"
+    assert build_config(resolved).resolved() == resolved  # the saved config repeats the run
     header = path.read_text().split("\nmodel:")[0]
     assert f"vlm-attn eval eval_configs/{path.name}" in header
 

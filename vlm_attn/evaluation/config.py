@@ -83,6 +83,12 @@ class MethodEntry(_Strict):
     def is_baseline(self) -> bool:
         return self.name == BASELINE
 
+    def plain(self) -> dict[str, Any]:
+        """The entry as a config file would say it."""
+        if self.pipeline is not None:
+            return {"label": self.label, "pipeline": [entry.plain() for entry in self.pipeline]}
+        return {"label": self.label, "name": self.name} | ({"params": dict(self.params)} if self.params else {})
+
     def spec(self) -> Any:
         """What `vlm_attn.wrap(model, method=...)` takes: None, a dict, or a list of dicts."""
         if self.is_baseline:
@@ -183,9 +189,9 @@ class EvalConfig(_Strict):
         }
 
     def resolved(self) -> dict[str, Any]:
-        """Plain data of the whole config, every default filled in."""
+        """Plain data of the whole config, every default filled in; `build_config` reads it back."""
         data: dict[str, Any] = json.loads(self.model_dump_json())
-        data["methods"] = [{"label": m.label, "method": m.spec()} for m in self.methods]
+        data["methods"] = [m.plain() for m in self.methods]
         data["benchmarks"] = [{"name": b.name, "limit": self.limit_of(b)} for b in self.benchmarks]
         return data
 

@@ -33,7 +33,7 @@ h2 { margin: 0 0 8px; font-size: 18px; } h3 { margin: 18px 0 6px; font-size: 15p
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; width: 100%; }
 th, td { padding: 5px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, .left { text-align: left; }
 td small { color: var(--soft); } tr.control td:first-child { color: var(--soft); } tr.base td { font-weight: 600; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
@@ -230,15 +230,16 @@ def _parsers(results: Mapping[str, Any]) -> str:
 
 
 def _settings(results: Mapping[str, Any]) -> str:
-    methods = "".join(
-        f"<tr><td>{escape(label)}</td><td style='text-align:left'><code>"
-        f"{escape(json.dumps(method['config'], sort_keys=True))}</code></td><td><code>{method['hash']}</code></td>"
-        f"</tr>"
-        for label, method in results["method"].items()
-    )
+    rows = []
+    for label, method in results["method"].items():
+        values = json.dumps(method.get("resolved") or method["config"], sort_keys=True)
+        cells = f"<td>{escape(label)}</td><td class='left'><code>{escape(values)}</code></td>"
+        rows.append(f"<tr>{cells}<td><code>{method['hash']}</code></td></tr>")
     data = {"config": results["config"], "env": results["env"], "lmms_eval": results["lmms_eval_version"]}
-    return (f"<section><h2>How it was made</h2><p class='note'>Repeat it with <code>vlm-attn eval config.yaml</code>, "
-            f"the file beside this page.</p><div class='scroll'><table><tr><th>column</th>"
-            f"<th style='text-align:left'>method</th><th>hash</th></tr>{methods}</table></div><details><summary>"
-            f"Settings and versions</summary><pre>{escape(json.dumps(data, indent=2, sort_keys=True))}</pre></details>"
-            f"</section>")  # fmt: skip
+    table = f"<tr><th>column</th><th class='left'>method with all its values</th><th>hash</th></tr>{''.join(rows)}"
+    details = escape(json.dumps(data, indent=2, sort_keys=True))
+    return (
+        "<section><h2>How it was made</h2><p class='note'>Repeat it with <code>vlm-attn eval config.yaml</code>, the "
+        f"file beside this page.</p><div class='scroll'><table>{table}</table></div><details><summary>Settings and "
+        f"versions</summary><pre>{details}</pre></details></section>"
+    )
