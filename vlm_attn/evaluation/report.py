@@ -17,7 +17,7 @@ from vlm_attn.evaluation import tables
 from vlm_attn.evaluation.plots import all_plots, colours, is_control, short
 from vlm_attn.evaluation.recorder import RunRecorder
 from vlm_attn.evaluation.store import write_text
-from vlm_attn.evaluation.summary import LOWER_IS_BETTER, Rater, flips, rater_for
+from vlm_attn.evaluation.summary import Rater, flips, rater_for
 
 __all__ = ["build_report", "write_report"]
 
@@ -27,7 +27,7 @@ _STYLE = """
 body { margin: 0; background: #f5f7fa; color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
 main { max-width: 1280px; margin: 0 auto; padding: 28px 20px 60px; }
 header h1 { margin: 0 0 2px; font-size: 26px; }
-header p, .note { color: var(--soft); margin: 4px 0 0; }
+header p, .note { color: var(--soft); margin: 4px 0 0; } header p.bad { color: var(--bad); }
 section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px; margin-top: 20px; }
 h2 { margin: 0 0 8px; font-size: 18px; } h3 { margin: 18px 0 6px; font-size: 15px; }
 .scroll { overflow-x: auto; }
@@ -35,7 +35,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 5px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, .left { text-align: left; }
 td small { color: var(--soft); } tr.control td:first-child { color: var(--soft); } tr.base td { font-weight: 600; }
-.good { color: var(--good); } .bad { color: var(--bad); }
+.warn { color: #9c6a00 !important; } .good { color: var(--good); } .bad { color: var(--bad); }
 .dot { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
 figure { margin: 0; } figure svg { max-width: 100%; height: auto; } figcaption { color: var(--soft); font-size: 13px; }
 .flips { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 12px; }
@@ -87,6 +87,9 @@ def _head(results: Mapping[str, Any]) -> str:
     )
     failed = "".join(f"<p class='bad'>{escape(label)} was not finished: {escape(message)}</p>"
                      for label, message in results["failed"].items())  # fmt: skip
+    pictures = [score["images"] for tasks in results["scores"].values() for score in tasks.values()]
+    if pictures and min(pictures) < tables.FEW_PICTURES:
+        failed += f"<p class='warn'>{escape(tables.few_pictures(min(pictures)))}</p>"
     n = len(results["results"])
     return (
         f"<header><h1>Evaluation of {escape(results['model'])}</h1>"
@@ -139,9 +142,9 @@ def _compared(pair: Mapping[str, Any] | None, metric: str) -> list[str]:
     sign = "+" if difference["value"] >= 0 else "−"
     low, high = (tables.shown(metric, difference[end]) for end in ("low", "high"))
     text = f"{sign}{tables.shown(metric, abs(difference['value']))} <small>[{low}, {high}]</small>"
-    if not difference["low"] <= 0 <= difference["high"]:
-        better = (difference["value"] < 0) == (metric in LOWER_IS_BETTER)
-        text = f"<span class='{'good' if better else 'bad'}'>{text}</span>"
+    colour = {"better": "good", "worse": "bad"}.get(tables.verdict(pair, metric))
+    if colour:
+        text = f"<span class='{colour}'>{text}</span>"
     p = pair["mcnemar"]["p"] if "mcnemar" in pair else difference["p"]
     return [text, "&lt; 0.001" if p < 0.001 else f"{p:.3f}"]
 

@@ -154,8 +154,6 @@ def run(config: EvalConfig, backend: Backend | None = None, console: Console | N
             report = write_report(folder / "report.html", results, recorder)
     result = RunResult(folder=folder, results=results, report=report, failed=failed)
     console.print(result.table())
-    for label, message in failed.items():
-        console.print(f"[red]{label} failed:[/red] ", message, markup=True, highlight=False)
     console.print(f"results: {folder / 'results.json'}" + (f"\nreport:  {report}" if report else ""), highlight=False)
     return result
 

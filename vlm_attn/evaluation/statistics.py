@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,11 +69,14 @@ def cluster_sums(rows: Sequence[Sequence[float]], clusters: Sequence[Hashable]) 
     return sums, list(order)
 
 
+@lru_cache(maxsize=4)
 def _resample(n: int, resamples: int, seed: int) -> Array:
-    """How often each of ``n`` clusters is drawn in each resample: (resamples, n)."""
+    """How often each of ``n`` clusters is drawn in each resample: (resamples, n). Shared by all metrics of a run."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}.")
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    drawn.setflags(write=False)
+    return drawn
 
 
 def _percentiles(values: Array, level: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vlm_attn.evaluation.summary import LOWER_IS_BETTER
 
-__all__ = ["COMPARED", "METRICS", "half_width", "milliseconds", "result_tables", "shown", "title"]
+__all__ = ["COMPARED", "METRICS", "half_width", "milliseconds", "result_tables", "shown", "title", "verdict"]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "pope": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
@@ -34,6 +34,17 @@ _NAMES = {
     "f1_random_minus_adversarial": "F1 random - adversarial",
 }
 _ABSOLUTE = ("len_words", "len_tokens", "score")
+
+
+FEW_PICTURES = 30
+
+
+def few_pictures(n: int) -> str:
+    """What to say about bootstrap intervals from a handful of pictures."""
+    return (
+        f"As few as {n} picture{'s' * (n != 1)} in a benchmark: intervals from resampling so few are too narrow. "
+        "This run shows that things work; take conclusions from a larger one."
+    )
 
 
 def title(name: str) -> str:
@@ -69,10 +80,14 @@ def result_tables(results: Mapping[str, Any]) -> RenderableType:
         parts.append(_averages(results["pope_averages"]))
     for label, message in results["failed"].items():
         parts.append(Text(f"{label}: not finished ({message})", style="red"))
+    pictures = [score["images"] for tasks in results["scores"].values() for score in tasks.values()]
+    if pictures and min(pictures) < FEW_PICTURES:
+        parts.append(Text(few_pictures(min(pictures)), style="yellow"))
     parts.append(
         Text(
             "Percent, ± half of the 95 % interval (bootstrap over pictures; Wilson for acc and CHAIRs). Δ and p are "
-            "paired with the baseline; * interval without 0, not corrected for the number of methods. "
+            "paired with the baseline; * interval without 0 (and McNemar p < 0.05), not corrected for the number of "
+            "methods. "
             "CHAIR: lower is better, read it with recall and length. Kept: visual tokens, mean over layers. Times: "
             "median ms (first token, per further token, whole sample).",
             style="dim",
@@ -109,7 +124,7 @@ def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> T
         pair = results["paired"].get(label, {}).get(task)
         if pair:
             p = pair["mcnemar"]["p"] if "mcnemar" in pair else pair["difference"][compared]["p"]
-            cells += [_difference(compared, pair["difference"][compared]), f"{p:.3f}"]
+            cells += [_difference(compared, pair), f"{p:.3f}"]
         else:
             cells += ["", ""]
         kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
@@ -132,14 +147,21 @@ def _averages(means: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def _difference(name: str, difference: Mapping[str, float]) -> str:
+def verdict(pair: Mapping[str, Any], metric: str) -> str:
+    """ "better", "worse", or "" where the comparison leaves it open: the interval holds 0, or McNemar's p >= 0.05."""
+    difference = pair["difference"][metric]
+    if difference["low"] <= 0 <= difference["high"] or pair.get("mcnemar", {"p": 0.0})["p"] >= 0.05:
+        return ""
+    return "better" if (difference["value"] < 0) == (metric in LOWER_IS_BETTER) else "worse"
+
+
+def _difference(name: str, pair: Mapping[str, Any]) -> str:
+    difference = pair["difference"][name]
     low, high, value = difference["low"], difference["high"], difference["value"]
     sign = "+" if value >= 0 else "-"
     text = f"{sign}{shown(name, abs(value))} [dim]\\[{shown(name, low)}, {shown(name, high)}][/dim]"
-    if low <= 0 <= high:
-        return text
-    better = (value < 0) == (name in LOWER_IS_BETTER)
-    return f"[{'green' if better else 'red'}]{text}*[/]"
+    colour = {"better": "green", "worse": "red"}.get(verdict(pair, name))
+    return f"[{colour}]{text}*[/]" if colour else text
 
 
 def _plain(results: Mapping[str, Any], task: str) -> Table:
