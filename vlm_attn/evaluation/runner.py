@@ -277,7 +277,7 @@ def _run_methods(
                         _merge(merged, _evaluate(chat, benchmark.name, limit, config.seed, manager))
             except Exception as error:  # one method's failure must not cost the others' results
                 logger.debug("method %s failed", entry.label, exc_info=True)
-                if entry.is_baseline or isinstance(error, ConfigError):
+                if entry.is_baseline or isinstance(error, ConfigError | OSError):  # OSError: the disk, not the method
                     raise
                 failed[entry.label] = f"{type(error).__name__}: {error}"
             else:
