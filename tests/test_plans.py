@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_attn.attention import masks, plans
-from vlm_attn.attention.plans import Call, edit_rows, with_bias
+from vlm_attn.attention.plans import Call, Labelled, edit_rows, with_bias
 from vlm_attn.stages import SegmentEdit
 
 
@@ -45,9 +45,9 @@ def test_fused_segments_equal_exact_rows(heads: int, kv: int, monkeypatch: pytes
     labels[0, 4], labels[0, 20], labels[1, 3] = 1, 1, 1  # one donor lies inside the edited rows
     rows, gate = torch.arange(14, 40), torch.ones(2, 26, dtype=torch.bool)
     out = output(c, dense(c))
-    exact, count = edit_rows(c, out, rows, gate, [(Halve(), labels)])
+    exact, count = edit_rows(c, out, rows, gate, [Labelled.of(Halve(), labels)])
     monkeypatch.setattr(plans, "FUSED_ROWS", 1)
-    fused, same = edit_rows(c, out, rows, gate, [(Halve(), labels)])
+    fused, same = edit_rows(c, out, rows, gate, [Labelled.of(Halve(), labels)])
     assert count == same > 0
     assert (exact - out).abs().max() > 1e-3
     torch.testing.assert_close(fused, exact, atol=2e-6, rtol=0)
@@ -61,9 +61,9 @@ def test_rows_are_chunked_without_changing_the_result(monkeypatch: pytest.Monkey
     rows, gate = torch.arange(10, 24), torch.ones(2, 14, dtype=torch.bool)
     gate[1, :5] = False
     out = output(c, dense(c))
-    whole, _ = edit_rows(c, out, rows, gate, [(Halve(), labels)])
+    whole, _ = edit_rows(c, out, rows, gate, [Labelled.of(Halve(), labels)])
     monkeypatch.setattr("vlm_attn.attention.rows.CHUNK_ELEMENTS", 600)
-    parts, _ = edit_rows(c, out, rows, gate, [(Halve(), labels)])
+    parts, _ = edit_rows(c, out, rows, gate, [Labelled.of(Halve(), labels)])
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
     assert torch.equal(parts[1, 10:15], out[1, 10:15])
 

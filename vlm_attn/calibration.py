@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from .readouts.recorder import Recorder
 from .registry import closest
 from .stages import RowScore
 from .tokens import TokenMap
-
-if TYPE_CHECKING:
-    from .wrap import VLM
+from .wrap import BUNDLED, VLM
 
 Pair = tuple[Image.Image, str]
 PROMPTS = (
@@ -80,7 +78,8 @@ def calibrate(
     measured = dict(known[name]() for name in (what or known))
     checkpoint = session.info.checkpoint
     path = out or profiles.user_file(checkpoint or "unnamed")
-    name = Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint
+    bundled = {str(folder): name for name, folder in BUNDLED.items()}
+    name = bundled.get(checkpoint) or (Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint)
     old = Profile.load(path, session.info.signature).entries if path.is_file() else {}
     Profile(name, session.info.signature, {**old, **measured}).save(path)
     return {"profile": str(path), "entries": measured}
@@ -92,8 +91,6 @@ def _pairs(vlm: VLM, n: int, images: Path | None) -> list[Pair]:
         if not files:
             raise ValueError(f"{images} holds no pictures ({', '.join(SUFFIXES)})")
         return [(load_image(p), text) for p, text in zip(files[:n], cycle(PROMPTS), strict=False)]
-    from .wrap import BUNDLED
-
     if vlm._live().info.checkpoint != str(BUNDLED["scenes"]):
         raise ValueError(
             "calibration of this checkpoint needs pictures: give --images FOLDER, with pictures that are in no "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention.plans import Call, edit_rows
+from .attention.plans import Call, Labelled, edit_decode, edit_rows
 from .request import Request
 from .stages import EditView, HeadScale, KeyBias, Method, ModelInfo, SegmentEdit
 
@@ -34,6 +34,7 @@ class Edits:
             if number in self.layers[i]:
                 view = EditView(number, tokens, hidden if edit.wants_hidden else None)
                 request.labels[i, number] = edit.labels(view)
+                request.labelled[i, number] = Labelled.of(edit, request.labels[i, number])
         for i, bias in self.biases:
             if number in self.layers[i]:
                 view = EditView(number, tokens, hidden if bias.wants_hidden else None)
@@ -48,16 +49,24 @@ class Edits:
                 total = part if total is None else total + part
         return total
 
+    def _at(self, layer: int, request: Request) -> list[Labelled]:
+        return [request.labelled[i, layer] for i, _ in self.segments if (i, layer) in request.labelled]
+
+    def decode(self, layer: int, call: Call, request: Request) -> Tensor | None:
+        """Output ``[B, 1, H, d]`` of a decode step whose row some segment edit changes, else None."""
+        edits = self._at(layer, request)
+        if not edits or call.queries != 1 or call.keys == 1:
+            return None
+        out, edited = edit_decode(call, request.tokens_at(layer).vis.any(1), edits)
+        request.edited[layer] = request.edited.get(layer, 0) + edited
+        return out
+
     def apply(self, layer: int, call: Call, out: Tensor, request: Request) -> Tensor:
-        """Applies the segment edits of one layer to the output ``[B, Q, H, d]`` of an attention call."""
-        edits = [
-            (edit, _pad(request.labels[i, layer], call.keys))
-            for i, edit in self.segments
-            if (i, layer) in request.labels
-        ]
-        if not edits:
+        """Applies the segment edits of one layer to the output ``[B, Q, H, d]`` of a longer attention call."""
+        edits = self._at(layer, request)
+        if not edits or call.queries == 1:
             return out
-        rows, gate = self._rows(layer, call, request, edits[0][0])
+        rows, gate = self._rows(layer, call, request, edits[0].edit)
         if rows.numel() == 0:
             return out
         out, edited = edit_rows(call, out, rows, gate, edits)

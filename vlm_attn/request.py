@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention.plans import Labelled
 from .stages import RowScore
 from .tokens import TokenMap
 
@@ -43,6 +44,7 @@ class Request:
     prefilled: bool = False
     scores: dict[RowScore, Tensor] = field(default_factory=dict)
     labels: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    labelled: dict[tuple[int, int], Labelled] = field(default_factory=dict, repr=False)
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     factors: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     text_last: dict[int, Tensor] = field(default_factory=dict, repr=False)

@@ -239,7 +239,8 @@ class Session:
         bound = _by_name(type(module).forward, module, args, kwargs)
         ids, mask = bound.get("input_ids"), bound.get("attention_mask")
         if not self._is_prefill(bound.get("past_key_values")):
-            if isinstance(ids, Tensor) and self._acts() and bool((ids == self.family.image_token_id).any()):
+            encoded = (bound.get("mm_encoder_outputs") or {}).get("image")
+            if self._acts() and (encoded is not None or bound.get("pixel_values") is not None):
                 raise UnsupportedError("a later turn brings a new image: send the whole conversation as one prompt")
             return
         if ids is None:
@@ -406,9 +407,13 @@ class Session:
             softcap=kwargs.get("softcap"),
             bias=self.edits.bias(layer, key.shape[2], request) if request is not None else None,
         )
-        q, k, v, m = with_bias(call, self.backend)
-        out, weights = base(module, q, k, v, m, **kwargs)
-        out = out[..., : query.shape[-1]]
+        edited = self.edits.decode(layer, call, request) if request is not None else None
+        if edited is not None:
+            out, weights = edited, None
+        else:
+            q, k, v, m = with_bias(call, self.backend)
+            out, weights = base(module, q, k, v, m, **kwargs)
+            out = out[..., : query.shape[-1]]
         if reading and self.recorder is not None:
             self.recorder.take(layer, call)
         if request is not None:

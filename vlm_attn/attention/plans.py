@@ -83,23 +83,68 @@ def with_bias(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor, Any]:
     return query, key, torch.nn.functional.pad(call.value, (0, extra)), call.mask
 
 
-def edit_rows(
-    call: Call, out: Tensor, rows: Tensor, gate: Tensor, edits: Sequence[tuple[SegmentEdit, Tensor]]
-) -> tuple[Tensor, int]:
+@dataclass(frozen=True)
+class Labelled:
+    """An edit with the labels of one layer's prompt keys (uint8 ``[B, n]``; later keys have label 0).
+
+    ``members`` fp32 ``[B, 1, n, G]`` is the one-hot form, ``counts`` fp32 ``[B, G]`` the segment sizes.
+    """
+
+    edit: SegmentEdit
+    labels: Tensor
+    members: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, edit: SegmentEdit, labels: Tensor) -> Labelled:
+        """Computes the derived forms once."""
+        members = torch.nn.functional.one_hot(labels.long(), edit.segments).float()
+        return cls(edit, labels, members[:, None], members.sum(1))
+
+    def apply(self, weights: Tensor, active: Tensor) -> Tensor:
+        """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]``."""
+        n = self.labels.shape[1]
+        prompt = weights[..., :n]
+        scales = torch.where(active, self.edit.scales(prompt @ self.members, self.counts), 1.0)
+        edited = prompt * (scales @ self.members.transpose(2, 3))
+        return edited if n == weights.shape[-1] else torch.cat([edited, weights[..., n:]], dim=-1)
+
+
+def edit_decode(call: Call, gate: Tensor, edits: Sequence[Labelled]) -> tuple[Tensor | None, int]:
+    """Plan P1: the one new row is computed exactly, edited, and used as it is; no fused call runs beside it.
+
+    Args:
+        gate: bool ``[B]``, the samples that count.
+
+    Returns:
+        output ``[B, 1, H, d]``, or None where no weight changes (the caller then runs the backend), and the number
+        of (sample, head) pairs that were edited.
+    """
+    weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.query.device))
+    current = weights
+    for item in edits:
+        current = item.apply(current, gate[:, None, None, None])
+    edited = int(current.ne(weights).any(-1).sum())
+    if edited == 0:
+        return None, 0
+    return row_outputs(current, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), edited
+
+
+def edit_rows(call: Call, out: Tensor, rows: Tensor, gate: Tensor, edits: Sequence[Labelled]) -> tuple[Tensor, int]:
     """Applies segment edits to some rows of a fused output.
 
     Args:
         out: ``[B, Q, H, d]`` output of the untouched attention.
         rows: query rows ``[R]`` to look at.
         gate: bool ``[B, R]``, the rows that count in each sample.
-        edits: (edit, labels uint8 ``[B, N]``) in composition order.
+        edits: labelled edits in composition order.
 
     Returns:
         The output and the number of (sample, head, row) triples that were edited.
     """
     plain = call.mask is None and call.causal and call.bias is None and call.softcap is None
     if plain and call.queries == call.keys and rows.numel() >= FUSED_ROWS and len(edits) == 1 and bool(gate.all()):
-        return _edit_fused(call, out, rows, *edits[0])
+        return _edit_fused(call, out, rows, edits[0])
     edited = 0
     batch, heads = call.query.shape[:2]
     result: Tensor | None = None
@@ -109,11 +154,8 @@ def edit_rows(
         active = gate[:, None, start : start + part.numel(), None]
         start += part.numel()
         current = weights
-        for edit, labels in edits:
-            onehot = torch.nn.functional.one_hot(labels.long(), edit.segments).float()
-            scales = edit.scales(current @ onehot[:, None], onehot.sum(1))
-            scales = torch.where(active, scales, 1.0)
-            current = current * (scales @ onehot[:, None].transpose(2, 3))
+        for item in edits:
+            current = item.apply(current, active)
         change = current - weights
         touched = change.ne(0).any(-1)
         if bool(touched.any()):
@@ -124,12 +166,12 @@ def edit_rows(
     return (out if result is None else result), edited
 
 
-def _edit_fused(call: Call, out: Tensor, rows: Tensor, edit: SegmentEdit, labels: Tensor) -> tuple[Tensor, int]:
+def _edit_fused(call: Call, out: Tensor, rows: Tensor, item: Labelled) -> tuple[Tensor, int]:
     """Plan P3: ``O' = O + sum_g (s_g - 1) M_g O_g`` with (O_g, L_g) of the gathered segments and L of all keys."""
+    edit, labels, counts = item.edit, item.labels, item.counts
     query = call.query.index_select(2, rows)
     _, lse = segments.attend(call.query, call.key, call.value, call.scaling, causal=True)
     lse = lse.index_select(2, rows)
-    counts = torch.nn.functional.one_hot(labels.long(), edit.segments).sum(1).float()
     masses, outputs = [], []
     for g in range(1, edit.segments):
         size = int(counts[:, g].max())
