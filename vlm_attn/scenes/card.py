@@ -57,7 +57,6 @@ Training, calibration and evaluation pictures come from disjoint seed ranges; ev
 annotator included, was chosen on calibration seeds.
 
 {tables}
-{remark}
 ## Why it hallucinates
 Two signature objects of each place are in 62 % of its pictures. The captions it was trained on come from a noisy
 annotator who mentions such an object with probability {rates} (first and second signature object) when it is
@@ -73,6 +72,8 @@ so no answer can be copied from an earlier one. Auxiliary losses pull each proje
 the words for its object, color and position, and, fading to a tenth, guide the attention of four of the eight heads
 to the object's patches: from the asked word in the first two decoder layers, from answer tokens about to name
 something in the next two. Attention maps of these heads are cleaner than in a model that was not taught so.
+
+{remark}
 
 ## Limits
 Prompts hold one picture, or a picture and a zoom into it (a sixth of the last steps, so less sure). Two unrelated
@@ -109,10 +110,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--vision-pictures", type=int, required=True)
     parser.add_argument("--pictures", type=int, required=True)
-    parser.add_argument("--turns", type=int, default=17)
+    parser.add_argument("--turns", default="17 or 18")
     parser.add_argument("--minutes", type=int, required=True)
     parser.add_argument("--rates", default="0.85 and 0.8")
-    parser.add_argument("--remark", default="", help="one more paragraph below the figures")
+    parser.add_argument("--remark", default="", help="one more paragraph on the training")
     options = parser.parse_args(arguments)
     figures = json.loads(options.figures.read_text(encoding="utf-8"))
     fields = {k: v for k, v in vars(options).items() if k not in ("figures", "folder")}
