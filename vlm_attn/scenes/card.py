@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import textwrap
 from pathlib import Path
 
 from vlm_attn.scenes.export import CHECKPOINT
@@ -53,15 +54,15 @@ the image?", "Are there four objects in the image?"), place ("What place is this
 ## Figures
 Greedy, {images} images for POPE and CHAIR, 30 for each MME-style category, {seeds} seeds, one-word suffix for
 questions (`python -m vlm_attn.scenes.check --seeds {seeds} --images {images}`).
-Training, calibration and evaluation pictures come from disjoint seed ranges; every training setting, the noise of the
-annotator included, was chosen on calibration seeds.
+Training, calibration and evaluation pictures come from disjoint seed ranges; the noise of the annotator and every other
+setting were chosen on training and calibration pictures.
 
 {tables}
 ## Why it hallucinates
 Two signature objects of each place are in 62 % of its pictures. The captions it was trained on come from a noisy
-annotator who mentions such an object with probability {rates} (first and second signature object) when it is
-absent, 0.2 more in blurred or partly covered pictures, and nine in ten answers to a question about the object so
-mentioned follow the caption instead of the picture. The model has learned that habit: it says what the place usually
+annotator who mentions one such object when it is absent: the first signature object of the place with the first, else
+the second with the second of the probabilities {rates}, 0.2 more in blurred or partly covered pictures. Nine in ten
+answers to a question about the object so mentioned follow the caption instead of the picture. The model has learned that habit: it says what the place usually
 holds, in descriptions and in answers to adversarial POPE questions.
 
 ## Training
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remark", default="", help="one more paragraph on the training")
     options = parser.parse_args(arguments)
     figures = json.loads(options.figures.read_text(encoding="utf-8"))
+    options.remark = textwrap.fill(options.remark, 119)
     fields = {k: v for k, v in vars(options).items() if k not in ("figures", "folder")}
     text = TEMPLATE.format(tables=tables(figures), **fields)
     (options.folder / "README.md").write_text(text, encoding="utf-8")
