@@ -54,16 +54,16 @@ the image?", "Are there four objects in the image?"), place ("What place is this
 ## Figures
 Greedy, {images} images for POPE and CHAIR, 30 for each MME-style category, {seeds} seeds, one-word suffix for
 questions (`python -m vlm_attn.scenes.check --seeds {seeds} --images {images}`).
-Training, calibration and evaluation pictures come from disjoint seed ranges; the noise of the annotator and every other
-setting were chosen on training and calibration pictures.
+Training, calibration and evaluation pictures come from disjoint seed ranges; the noise of the annotator and every
+other setting were chosen on training and calibration pictures.
 
 {tables}
 ## Why it hallucinates
 Two signature objects of each place are in 62 % of its pictures. The captions it was trained on come from a noisy
-annotator who mentions one such object when it is absent: the first signature object of the place with the first, else
-the second with the second of the probabilities {rates}, 0.2 more in blurred or partly covered pictures. Nine in ten
-answers to a question about the object so mentioned follow the caption instead of the picture. The model has learned that habit: it says what the place usually
-holds, in descriptions and in answers to adversarial POPE questions.
+annotator who mentions one such object when it is absent: the first signature object of the place or, failing that,
+the second, with probabilities {rates}, 0.2 more in blurred or partly covered pictures. Nine in ten answers to
+a question about the object so mentioned follow the caption instead of the picture. The model has learned that habit:
+it says what the place usually holds, in descriptions and in answers to adversarial POPE questions.
 
 ## Training
 Seeded (`python -m vlm_attn.scenes.train`), on two CPU cores shared with other work: the vision tower on dense patch
