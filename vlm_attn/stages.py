@@ -8,7 +8,6 @@ or :class:`Noop`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar, dataclass_transform
@@ -285,7 +284,6 @@ AnyMethod = Refine | Prune | Edit | Contrast | Noop
 MethodFactory = Callable[..., Method]
 
 
-@functools.cache
 def field_names(cls: type[Method]) -> tuple[str, ...]:
     """Parameter names of a method class."""
     return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]

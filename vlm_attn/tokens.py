@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ class TokenMap:
         return len(self.grids[row])
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> TokenMap:
-        return replace(self, **{f.name: fn(getattr(self, f.name)) for f in fields(self) if f.name != "grids"})
+        changed: dict[str, Any] = {f.name: fn(getattr(self, f.name)) for f in fields(self) if f.name != "grids"}
+        return replace(self, **changed)
 
     def gather(self, idx: Tensor, valid: Tensor | None = None) -> TokenMap:
         """The map after keeping slots ``idx`` [B, n] (per sample, ascending); ``valid`` overrides validity."""

@@ -9,11 +9,13 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_attn.selection import Keep, select
-from vlm_attn.stages import ModelInfo, Prune, PruneView, Site, check_layer, method_dataclass
+from vlm_attn.stages import PruneView, method_dataclass
+
+from ._one_site import OneSite
 
 
 @method_dataclass
-class UniformPrune(Prune):
+class UniformPrune(OneSite):
     """Keeps every (N/k)-th visual token in raster order: indices ``floor((j + 1/2) N / k)``.
 
     Acts before decoder layer ``layer`` (0 = at the language model's input), prefill only; original positions kept.
@@ -28,17 +30,6 @@ class UniformPrune(Prune):
 
     layer: Annotated[int, Field(ge=0)] = 2
     keep: Keep = 0.5
-
-    @classmethod
-    def neutral(cls) -> UniformPrune:
-        return cls(layer=1, keep=1.0)
-
-    def resolve(self, model: ModelInfo, profile: object) -> UniformPrune:
-        check_layer(self.name, "layer", self.layer, model)
-        return self
-
-    def sites(self) -> tuple[Site, ...]:
-        return (Site(self.layer),)
 
     def keep_mask(self, view: PruneView) -> Tensor:
         def choose(row: int, slots: Tensor, k: int) -> Tensor:

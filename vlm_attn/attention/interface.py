@@ -60,8 +60,8 @@ def base_function(backend: str, module: nn.Module) -> AttentionFunction:
     """The backend's own attention function for this module."""
     if backend == "eager":
         # Eager attention is a function of the modelling file and in no registry.
-        return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
-    return ALL_ATTENTION_FUNCTIONS[backend]  # type: ignore[no-any-return]
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[backend]
 
 
 def _forward(

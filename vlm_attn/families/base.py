@@ -62,7 +62,7 @@ class Family:
 
     def attention(self, layer: int) -> Any:
         """Self-attention module of a decoder layer."""
-        return self.layers[layer].self_attn  # type: ignore[union-attr]
+        return self.layers[layer].self_attn
 
     def info(self) -> ModelInfo:
         """Shape of the language model."""
@@ -137,7 +137,8 @@ class Family:
 
     def bind_image_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a ``get_image_features`` call by name."""
-        signature = inspect.signature(type(self.base).get_image_features)
+        kind: Any = type(self.base)
+        signature = inspect.signature(kind.get_image_features)
         bound = signature.bind(self.base, *args, **kwargs)
         out = dict(bound.arguments)
         out.pop("self", None)

@@ -39,7 +39,7 @@ class ModelProbe:
         grid = tokens.grids[0][0] if tokens.images(0) else None
         if grid is None:
             raise UnsupportedError("this model's visual tokens have no grid, so there is no map on the picture")
-        return grid  # type: ignore[no-any-return]
+        return grid
 
     def maps(self, image: Image.Image, text: str, *, layers: Sequence[int], steps: int) -> np.ndarray:
         """Head-mean attention of the newest row on the picture, float32 ``[steps, layers, rows, columns]``."""
@@ -79,7 +79,7 @@ class ModelProbe:
 def attention_map(probe: Probe, image: Image.Image, text: str, *, layers: Sequence[int] | None = None) -> np.ndarray:
     """Head-mean attention of the last prompt row, averaged over layers, float32 ``[rows, columns]``."""
     chosen = tuple(layers) if layers is not None else default_layers(probe.layers)
-    return probe.maps(image, text, layers=chosen, steps=1)[0].mean(0)  # type: ignore[no-any-return]
+    return probe.maps(image, text, layers=chosen, steps=1)[0].mean(0)
 
 
 def contrast_map(
