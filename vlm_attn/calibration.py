@@ -25,7 +25,7 @@ from .readouts.recorder import Recorder
 from .registry import closest
 from .stages import RowScore
 from .tokens import TokenMap
-from .wrap import BUNDLED, VLM
+from .wrap import VLM
 
 Pair = tuple[Image.Image, str]
 PROMPTS = (
@@ -78,8 +78,8 @@ def calibrate(
     measured = dict(known[name]() for name in (what or known))
     checkpoint = session.info.checkpoint
     path = out or profiles.user_file(checkpoint or "unnamed")
-    bundled = {str(folder): name for name, folder in BUNDLED.items()}
-    name = bundled.get(checkpoint) or (Path(checkpoint).name if Path(checkpoint).is_dir() else checkpoint)
+    name = profiles.public_name(checkpoint)
+    name = Path(name).name if Path(name).is_dir() else name
     old = Profile.load(path, session.info.signature).entries if path.is_file() else {}
     Profile(name, session.info.signature, {**old, **measured}).save(path)
     return {"profile": str(path), "entries": measured}
@@ -91,7 +91,7 @@ def _pairs(vlm: VLM, n: int, images: Path | None) -> list[Pair]:
         if not files:
             raise ValueError(f"{images} holds no pictures ({', '.join(SUFFIXES)})")
         return [(load_image(p), text) for p, text in zip(files[:n], cycle(PROMPTS), strict=False)]
-    if vlm._live().info.checkpoint != str(BUNDLED["scenes"]):
+    if profiles.public_name(vlm._live().info.checkpoint) != "scenes":
         raise ValueError(
             "calibration of this checkpoint needs pictures: give --images FOLDER, with pictures that are in no "
             "evaluation set"

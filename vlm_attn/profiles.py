@@ -16,6 +16,8 @@ from typing import Any
 
 from .errors import MissingProfileError
 
+BUNDLED = {"scenes": Path(__file__).parent / "scenes" / "checkpoint"}
+"""Checkpoints that ship with the package, by the name users give them."""
 FILE_NAME = "vlm_attn_profile.json"
 FORMAT = 1
 
@@ -29,6 +31,11 @@ def user_file(checkpoint: str) -> Path:
     """Profile file of one checkpoint in the user's folder; separators in the name cannot leave the folder."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "--", checkpoint.strip("/")).lstrip(".") or "unnamed"
     return user_folder() / f"{name}.json"
+
+
+def public_name(checkpoint: str) -> str:
+    """The name a user would give: of a bundled checkpoint its short name, otherwise what was loaded."""
+    return next((name for name, folder in BUNDLED.items() if str(folder) == checkpoint), checkpoint)
 
 
 class Profile:
@@ -111,4 +118,4 @@ def find(checkpoint: str, signature: dict[str, Any]) -> Profile:
     for path in reversed(candidates):
         if path.is_file():
             entries.update(Profile.load(path, signature).entries)
-    return Profile(checkpoint, signature, entries)
+    return Profile(public_name(checkpoint), signature, entries)

@@ -17,13 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from . import readouts
 from .families import Family
 from .images import ImageLike, load_image
-from .profiles import Profile
+from .profiles import BUNDLED, Profile
 from .readouts.maps import ModelProbe, attention_map, contrast_map
 from .recipe import MethodLike, dump
 from .session import Session, attach, lock_of
 from .stages import Method
-
-BUNDLED = {"scenes": Path(__file__).parent / "scenes" / "checkpoint"}
 
 
 @dataclass(frozen=True)
