@@ -105,7 +105,7 @@ class Carve(Refine):
 
 def region_mask(score: np.ndarray, top: float, regions: int) -> np.ndarray | None:
     """bool ``(H, W)`` of the best 4-connected regions above the (1 - top)-quantile; None for a constant score."""
-    if float(np.ptp(score)) < 1e-3 * float(np.abs(score).max()):
+    if float(np.ptp(score)) <= 1e-3 * float(np.abs(score).max()):
         return None
     above = score >= np.quantile(score, 1 - top)
     labels, count = ndimage.label(above)
