@@ -54,9 +54,10 @@ def visitor(address: str) -> Iterator[Any]:
 
 def ask(page: Any) -> str:
     """Presses the button and waits for the closing status."""
+    # The busy state may pass too fast to be seen, so an old status is marked instead of waiting for it.
+    page.evaluate("document.querySelectorAll('#status .ok, #status .error').forEach(e => e.classList.add('old'))")
     page.click("#ask")
-    page.wait_for_selector("#status .busy")
-    page.wait_for_selector("#status .ok, #status .error")
+    page.wait_for_selector("#status .ok:not(.old), #status .error:not(.old)")
     return str(page.inner_text("#status"))
 
 
