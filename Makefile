@@ -9,7 +9,7 @@ CONFIG ?= eval_configs/quickstart.yaml
 PYTEST_ARGS ?= -n 2 --dist loadfile
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
 
-.PHONY: help install quickstart test test-gpu style quality docs bench demo
+.PHONY: help install quickstart test test-browser test-gpu style quality docs bench demo
 .DEFAULT_GOAL := help
 
 help:
@@ -38,7 +38,10 @@ quickstart: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/vlm-attn eval $(CONFIG)
 
 test: $(STAMP)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub" $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub and not browser" $(PYTEST_ARGS)
+
+test-browser: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
