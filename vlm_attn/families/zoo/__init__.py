@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from .base import Sample, Specimen
-from .llava import Llava
+from .llava import SPECIMENS as LLAVA
+from .tiles import SPECIMENS as TILES
 
-SPECIMENS: dict[str, Specimen] = {s.name: s for s in (Llava(),)}
+SPECIMENS: dict[str, Specimen] = {
+    specimen.name: specimen
+    for specimen in (
+        *LLAVA,
+        *TILES,
+    )
+}
 
 __all__ = ["SPECIMENS", "Sample", "Specimen"]

@@ -41,3 +41,6 @@ class Llava(Specimen):
     def prompt(self, sample: Sample) -> str:
         """``<image>`` at every picture."""
         return interleaved(sample, "<image>")
+
+
+SPECIMENS: tuple[Specimen, ...] = (Llava(),)
