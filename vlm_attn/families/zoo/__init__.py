@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .base import Sample, Specimen
 from .llava import SPECIMENS as LLAVA
+from .others import SPECIMENS as OTHERS
+from .queries import SPECIMENS as QUERIES
 from .tiles import SPECIMENS as TILES
 
 SPECIMENS: dict[str, Specimen] = {
@@ -11,6 +13,8 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         *LLAVA,
         *TILES,
+        *QUERIES,
+        *OTHERS,
     )
 }
 

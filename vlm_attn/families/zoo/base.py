@@ -153,6 +153,7 @@ def sharpen(model: Any) -> None:
     that does nothing would pass every comparison.
     """
     decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "layers") else decoder.get_decoder()
     of_decoder = {id(p) for p in decoder.parameters()}
     for layer in decoder.layers:
         attention = getattr(layer, "self_attn", None)
