@@ -11,12 +11,12 @@ CHAIR without recall and length is meaningless (shorter captions hallucinate les
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 
-from vlm_attn.evaluation.parsers import f1_score, ratio
+from vlm_attn.evaluation.rates import ratio, retrieval
 
-__all__ = ["CaptionCount", "ChairScore", "ObjectWords", "chair_metrics", "count_caption", "word_tokens"]
+__all__ = ["CaptionCount", "ChairScore", "ObjectWords", "Reading", "chair_metrics", "count_caption", "word_tokens"]
 
 _WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*|[^\w\s]")
 
@@ -66,9 +66,8 @@ class ObjectWords:
                     double[form] = form
         return cls(nodes=nodes, double_words=double, name=name)
 
-    def tokens(self, caption: str) -> list[str]:
-        """Tokens after normalisation and joining of double words (the list that ``len_tokens`` counts)."""
-        words = self.normalise(self.tokenise(caption))
+    def join(self, words: Sequence[str]) -> list[str]:
+        """The tokens with double words joined, left to right."""
         out: list[str] = []
         place = 0
         while place < len(words):
@@ -77,9 +76,46 @@ class ObjectWords:
             place += 1 if joined is None else 2
         return out
 
+    def tokens(self, caption: str) -> list[str]:
+        """Tokens after normalisation and joining of double words (the list that ``len_tokens`` counts)."""
+        return self.join(self.normalise(self.tokenise(caption)))
+
+    def pick(self, tokens: list[str]) -> list[str]:
+        """Node words among joined tokens in order, repeats kept."""
+        return [self.nodes[word] for word in self.cleanup(tokens) if word in self.nodes]
+
     def mentions(self, caption: str) -> list[str]:
         """Node words of the caption in order, repeats kept."""
-        return [self.nodes[word] for word in self.cleanup(self.tokens(caption)) if word in self.nodes]
+        return self.pick(self.tokens(caption))
+
+    def read(self, caption: str) -> Reading:
+        """The caption's node words and lengths, before any picture is looked at."""
+        if not isinstance(caption, str):
+            raise TypeError(f"A caption must be a string, got {type(caption).__name__}: {caption!r:.80}")
+        tokens = self.tokens(caption)
+        return Reading(tuple(self.pick(tokens)), len(caption.split()), len(tokens))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a caption says: node words in order with repeats, whitespace words, tokens after joining."""
+
+    mentions: tuple[str, ...]
+    len_words: int
+    len_tokens: int
+
+    def against(self, present: Set[str]) -> CaptionCount:
+        """Compared with the node words present in the picture."""
+        distinct = set(self.mentions)
+        return CaptionCount(
+            mentions=self.mentions,
+            hallucinated=tuple(word for word in self.mentions if word not in present),
+            n_found=len(distinct & present),
+            n_distinct=len(distinct),
+            n_truth=len(present),
+            len_words=self.len_words,
+            len_tokens=self.len_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,20 +146,7 @@ class CaptionCount:
 
 def count_caption(caption: str, truth: Iterable[str], words: ObjectWords) -> CaptionCount:
     """Compare one caption with the node words present in its picture."""
-    if not isinstance(caption, str):
-        raise TypeError(f"A caption must be a string, got {type(caption).__name__}: {caption!r:.80}")
-    present = {words.nodes.get(item, item) for item in truth}
-    mentions = words.mentions(caption)
-    distinct = set(mentions)
-    return CaptionCount(
-        mentions=tuple(mentions),
-        hallucinated=tuple(word for word in mentions if word not in present),
-        n_found=len(distinct & present),
-        n_distinct=len(distinct),
-        n_truth=len(present),
-        len_words=len(caption.split()),
-        len_tokens=len(words.tokens(caption)),
-    )
+    return words.read(caption).against({words.nodes.get(item, item) for item in truth})
 
 
 @dataclass(frozen=True)
@@ -152,15 +175,12 @@ def chair_metrics(counts: Sequence[CaptionCount], variant: str = "table") -> Cha
     sums = [sum(column) for column in zip(*(count.row() for count in counts), strict=True)] if counts else [0] * 8
     any_bad, bad, mentions, found, distinct, truth, n_words, n_tokens = sums
     n = len(counts)
-    precision, recall = ratio(found, distinct), ratio(found, truth)
     return ChairScore(
         variant=variant,
         n=n,
         chair_s=ratio(any_bad, n),
         chair_i=ratio(bad, mentions),
-        recall=recall,
-        precision=precision,
-        f1=f1_score(precision, recall),
+        **retrieval(found, distinct, truth),
         len_words=ratio(n_words, n),
         len_tokens=ratio(n_tokens, n),
         mentions=mentions,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -42,7 +42,22 @@ class _Strict(BaseModel):
         return data
 
 
-class MethodEntry(_Strict):
+class _Named(_Strict):
+    """An entry that may be written as its bare name."""
+
+    _expected: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            return {"name": data}
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{cls._expected}, got {type(data).__name__}.")
+        return data
+
+
+class MethodEntry(_Named):
     """One column of the table: a method by name with parameters, or a pipeline of several.
 
     - ``name``: registered method, or ``baseline`` for the plain model.
@@ -51,19 +66,12 @@ class MethodEntry(_Strict):
     - ``label``: how the report calls it; unique within a config; default: the name.
     """
 
+    _expected: ClassVar[str] = "A method is a name or a mapping with name/params/label"
+
     name: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     pipeline: list[MethodEntry] | None = None
     label: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"name": data}
-        if not isinstance(data, Mapping):
-            raise ValueError(f"A method is a name or a mapping with name/params/label, got {type(data).__name__}.")
-        return data
 
     @model_validator(mode="after")
     def _one_kind(self) -> MethodEntry:
@@ -98,20 +106,13 @@ class MethodEntry(_Strict):
         return {"name": self.name, **self.params}
 
 
-class BenchmarkEntry(_Strict):
+class BenchmarkEntry(_Named):
     """One benchmark: an lmms-eval task name, and how many of its samples (``limit``; default: the config's)."""
+
+    _expected: ClassVar[str] = "A benchmark is a task name or a mapping with name/limit"
 
     name: str
     limit: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            return {"name": data}
-        if not isinstance(data, Mapping):
-            raise ValueError(f"A benchmark is a task name or a mapping with name/limit, got {type(data).__name__}.")
-        return data
 
     @field_validator("name")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vlm_attn.evaluation.parsers import ratio
+from vlm_attn.evaluation.rates import ratio
 
 __all__ = ["MmeAnswer", "mme_metrics", "mme_parse"]
 

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from vlm_attn.evaluation.matching import unknown_name
+from vlm_attn.evaluation.rates import f1_score, ratio, retrieval
 
-__all__ = ["PARSERS", "Parser", "PopeScore", "parse_answer", "pope_metrics"]
+__all__ = ["PARSERS", "Parser", "PopeScore", "f1_score", "parse_answer", "pope_metrics", "ratio"]
 
 YES, NO, UNKNOWN = "yes", "no", "unknown"
 
@@ -147,16 +148,6 @@ class PopeScore:
         return asdict(self)
 
 
-def ratio(top: float, bottom: float) -> float:
-    """``top / bottom``, and 0 where ``bottom`` is 0."""
-    return top / bottom if bottom else 0.0
-
-
-def f1_score(precision: float, recall: float) -> float:
-    """Harmonic mean, 0 if both are 0."""
-    return ratio(2 * precision * recall, precision + recall)
-
-
 def outcome(
     prediction: str, label: str, unknown: Literal["negative", "ignored"]
 ) -> tuple[int, int, int, int, int, int]:
@@ -170,6 +161,16 @@ def outcome(
     if label == YES:
         return yes, 0, 0, 1 - yes, correct, yes
     return 0, yes, 1 - yes, 0, correct, yes
+
+
+def repeated(ids: Sequence[Hashable]) -> Hashable | None:
+    """The first id that occurs a second time, or None."""
+    seen: set[Hashable] = set()
+    for item in ids:
+        if item in seen:
+            return item
+        seen.add(item)
+    return None
 
 
 def pope_metrics(
@@ -193,8 +194,7 @@ def pope_metrics(
     for name, ids in (("answer", answer_ids), ("label", label_ids)):
         if ids is not None and len(ids) != len(labels):
             raise ValueError(f"{len(ids)} {name} ids for {len(labels)} labels.")
-        if ids is not None and len(set(ids)) != len(ids):
-            twice = next(i for i in ids if list(ids).count(i) > 1)
+        if ids is not None and (twice := repeated(ids)) is not None:
             raise ValueError(f"Duplicate {name} id {twice!r}: score each question set on its own.")
     if answer_ids is not None and label_ids is not None:
         for place, (a, b) in enumerate(zip(answer_ids, label_ids, strict=True)):
@@ -203,21 +203,20 @@ def pope_metrics(
     rule = get_parser(parser)
     tp = fp = tn = fn = correct = yes = unknown = 0
     for text, raw in zip(answers, labels, strict=True):
+        if not isinstance(text, str):
+            raise TypeError(f"An answer must be a string, got {type(text).__name__}: {text!r:.80}")
         label = check_label(raw)
-        prediction = parse_answer(text, parser, label)
+        prediction = rule.read(text, label)
         unknown += prediction == UNKNOWN
         row = outcome(prediction, label, rule.unknown)
         tp, fp, tn, fn = tp + row[0], fp + row[1], tn + row[2], fn + row[3]
         correct, yes = correct + row[4], yes + row[5]
     n = len(labels)
-    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     return PopeScore(
         parser=parser,
         n=n,
         accuracy=ratio(correct, n),
-        precision=precision,
-        recall=recall,
-        f1=f1_score(precision, recall),
+        **retrieval(tp, tp + fp, tp + fn),
         yes_ratio=ratio(yes, n),
         unknown_rate=ratio(unknown, n),
         tp=tp,

@@ -39,6 +39,29 @@ def _f1(found: int, predicted: int, truth: int) -> st.Statistic:
     return lambda sums: _divide(2 * sums[:, found], sums[:, predicted] + sums[:, truth])
 
 
+POPE_STATISTICS: dict[str, st.Statistic] = {
+    "accuracy": _column(4, 6),
+    "precision": lambda s: _divide(s[:, 0], s[:, 0] + s[:, 1]),
+    "recall": lambda s: _divide(s[:, 0], s[:, 0] + s[:, 3]),
+    "f1": lambda s: _divide(2 * s[:, 0], 2 * s[:, 0] + s[:, 1] + s[:, 3]),
+    "yes_ratio": _column(5, 6),
+}
+"""Of rows ``tp, fp, tn, fn, correct, predicted yes, 1`` (`parsers.outcome`)."""
+POPE_PROPORTIONS = {"accuracy": (4, 6)}
+CHAIR_STATISTICS: dict[str, st.Statistic] = {
+    "chair_s": _column(0, 8),
+    "chair_i": _column(1, 2),
+    "recall": _column(3, 5),
+    "precision": _column(3, 4),
+    "f1": _f1(3, 4, 5),
+    "len_words": _column(6, 8),
+    "len_tokens": _column(7, 8),
+}
+"""Of rows ``any hallucination, hallucinated, mentions, found, distinct, truth, words, tokens, 1``
+(`chair.CaptionCount.row`)."""
+CHAIR_PROPORTIONS = {"chair_s": (0, 8)}
+
+
 @dataclass(frozen=True)
 class Rater:
     """How one kind of benchmark is scored: a row of sums per sample, and statistics of those sums."""
@@ -54,25 +77,41 @@ class Rater:
 
     def score(self, samples: Sequence[Row], *, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
         """``{n, images, metrics, intervals, ...details}`` of one method on one benchmark."""
-        sums, clusters = st.cluster_sums(self.rows(samples), [image_of(row) for row in samples])
-        total = sums.sum(0, keepdims=True)
-        intervals: dict[str, dict[str, float]] = {}
-        for name, statistic in self.statistics.items():
-            if name in self.proportions:
-                good, n = self.proportions[name]
-                interval = st.wilson(int(total[0, good]), int(total[0, n]))
-            else:
-                interval = st.bootstrap(sums, statistic, seed=seed, resamples=resamples)
-            intervals[name] = interval.to_dict()
-        metrics = {name: interval["value"] for name, interval in intervals.items()}
+        clusters = [image_of(row) for row in samples]
+        measured = intervals(
+            self.rows(samples), clusters, self.statistics, self.proportions, seed=seed, resamples=resamples
+        )
         return {
             "kind": self.kind,
             "n": len(samples),
-            "images": len(clusters),
-            "metrics": metrics,
-            "intervals": intervals,
+            "images": len(set(clusters)),
+            "metrics": {name: interval["value"] for name, interval in measured.items()},
+            "intervals": measured,
             **self.details(samples),
         }
+
+
+def intervals(
+    rows: Sequence[Sequence[float]],
+    clusters: Sequence[str],
+    statistics: Mapping[str, st.Statistic],
+    proportions: Mapping[str, tuple[int, int]],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, dict[str, float]]:
+    """Every statistic of the rows with its 95 % interval: Wilson for proportions, else a bootstrap over clusters."""
+    sums, _ = st.cluster_sums(rows, clusters)
+    total = sums.sum(0, keepdims=True)
+    out: dict[str, dict[str, float]] = {}
+    for name, statistic in statistics.items():
+        if name in proportions:
+            good, n = proportions[name]
+            interval = st.wilson(int(total[0, good]), int(total[0, n]))
+        else:
+            interval = st.bootstrap(sums, statistic, seed=seed, resamples=resamples)
+        out[name] = interval.to_dict()
+    return out
 
 
 def image_of(row: Row) -> str:
@@ -108,15 +147,9 @@ def _pope_rater(parser: str) -> Rater:
 
     return Rater(
         kind="pope",
-        rows=rows,  # tp fp tn fn correct yes n
-        statistics={
-            "accuracy": _column(4, 6),
-            "precision": lambda s: _divide(s[:, 0], s[:, 0] + s[:, 1]),
-            "recall": lambda s: _divide(s[:, 0], s[:, 0] + s[:, 3]),
-            "f1": lambda s: _divide(2 * s[:, 0], 2 * s[:, 0] + s[:, 1] + s[:, 3]),
-            "yes_ratio": _column(5, 6),
-        },
-        proportions={"accuracy": (4, 6)},
+        rows=rows,
+        statistics=POPE_STATISTICS,
+        proportions=POPE_PROPORTIONS,
         verdicts=lambda samples: [p == label for p, label in predictions(samples)],
         details=details,
     )
@@ -129,17 +162,8 @@ def _chair_rater(words: chair.ObjectWords) -> Rater:
     return Rater(
         kind="chair",
         rows=lambda samples: [(*count.row(), 1) for count in counts(samples)],
-        # any_bad, bad, mentions, found, distinct, truth, words, tokens, n
-        statistics={
-            "chair_s": _column(0, 8),
-            "chair_i": _column(1, 2),
-            "recall": _column(3, 5),
-            "precision": _column(3, 4),
-            "f1": _f1(3, 4, 5),
-            "len_words": _column(6, 8),
-            "len_tokens": _column(7, 8),
-        },
-        proportions={"chair_s": (0, 8)},
+        statistics=CHAIR_STATISTICS,
+        proportions=CHAIR_PROPORTIONS,
         details=lambda samples: {"variant": words.name, "mentions": sum(len(c.mentions) for c in counts(samples))},
     )
 
