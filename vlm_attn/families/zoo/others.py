@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import SiglipVisionConfig
 
-from .base import IMAGE_ID, Sample, Specimen, interleaved, spoken, text_config, word_tokenizer
+from .base import IMAGE_ID, VOCAB, Sample, Specimen, interleaved, spoken, text_config, word_tokenizer
 
 START, END, BREAK = 100, 101, 102
 
@@ -20,6 +20,14 @@ def siglip(**changes: Any) -> SiglipVisionConfig:
         "patch_size": 14, "vision_use_head": False,
     }  # fmt: skip
     return SiglipVisionConfig(**{**numbers, **changes})
+
+
+def named_tokenizer() -> Any:
+    """The word tokenizer with named image tokens."""
+    return word_tokenizer(
+        {"<image>": IMAGE_ID, "<start>": START, "<end>": END},
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"},
+    )
 
 
 class PaliGemma(Specimen):
@@ -88,12 +96,8 @@ class Gemma3(Specimen):
         """Stretches every picture to 56 x 56."""
         from transformers import Gemma3ImageProcessorPil, Gemma3Processor
 
-        tokenizer = word_tokenizer(
-            {"<image>": IMAGE_ID, "<start>": START, "<end>": END},
-            extra_special_tokens={"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"},
-        )
         images = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
-        return Gemma3Processor(image_processor=images, tokenizer=tokenizer, image_seq_length=4)
+        return Gemma3Processor(image_processor=images, tokenizer=named_tokenizer(), image_seq_length=4)
 
     def prompt(self, sample: Sample) -> str:
         """The start-of-image token at every picture."""
@@ -144,4 +148,200 @@ class Mistral3(Specimen):
         return interleaved(sample, "[IMG]")
 
 
-SPECIMENS: tuple[Specimen, ...] = (PaliGemma(), Gemma3(), Mistral3())
+class Ovis2(Specimen):
+    """Ovis2: an overview, then the tiles, each a run of "visual words", with indicator tokens between them."""
+
+    name = "ovis2"
+
+    def config(self, **changes: Any) -> Any:
+        """Tiles of 4 x 4 patches merged 2 x 2, Qwen2 decoder."""
+        from transformers import Ovis2Config, Ovis2VisionConfig, Qwen2Config
+
+        vision = Ovis2VisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=56,
+            patch_size=14, vocab_size=64, hidden_stride=2,
+        )  # fmt: skip
+        return Ovis2Config(
+            text_config=Qwen2Config(**text_config(**changes)), vision_config=vision, image_token_id=IMAGE_ID,
+            visual_indicator_token_ids=[START, 103, 104, 105, END], vocab_size=VOCAB, hidden_size=64,
+        )  # fmt: skip
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import Ovis2ForConditionalGeneration
+
+        return Ovis2ForConditionalGeneration
+
+    def processor(self) -> Any:
+        """Cuts a picture into up to four tiles of 56 x 56."""
+        from transformers import Ovis2ImageProcessorPil, Ovis2Processor
+
+        names = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+        special = {"<IMG_ATOM>": IMAGE_ID, "<image>": BREAK, **dict(zip(names, [START, 103, 104, 105, END]))}
+        images = Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=4)
+        return Ovis2Processor(image_processor=images, tokenizer=word_tokenizer(special), image_seq_length=4)
+
+    def prompt(self, sample: Sample) -> str:
+        """``<image>`` at every picture."""
+        return interleaved(sample, "<image>")
+
+
+class DeepseekVL(Specimen):
+    """DeepSeek-VL: one square grid per picture, padded to a square."""
+
+    name = "deepseek_vl"
+
+    def config(self, **changes: Any) -> Any:
+        """SigLIP tower of 4 x 4 patches, Llama decoder."""
+        from transformers import DeepseekVLConfig, LlamaConfig
+
+        return DeepseekVLConfig(
+            text_config=LlamaConfig(**text_config(**changes)), vision_config=siglip(), image_token_id=IMAGE_ID
+        )
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import DeepseekVLForConditionalGeneration
+
+        return DeepseekVLForConditionalGeneration
+
+    def processor(self) -> Any:
+        """Longest edge to 56 pixels, padded to a square."""
+        from transformers import DeepseekVLImageProcessorPil, DeepseekVLProcessor
+
+        images = DeepseekVLImageProcessorPil(size={"height": 56, "width": 56})
+        return DeepseekVLProcessor(images, named_tokenizer(), num_image_tokens=16)
+
+    def prompt(self, sample: Sample) -> str:
+        """``<image>`` at every picture."""
+        return interleaved(sample, "<image>")
+
+
+class DeepseekVLHybrid(DeepseekVL):
+    """DeepSeek-VL 7B: a second, high-resolution tower adds its features to the same grid."""
+
+    name = "deepseek_vl_hybrid"
+
+    def config(self, **changes: Any) -> Any:
+        """SigLIP and SAM towers, Llama decoder."""
+        from transformers import DeepseekVLHybridConfig, LlamaConfig, SamVisionConfig
+
+        sam = SamVisionConfig(
+            hidden_size=32, output_channels=32, num_hidden_layers=2, num_attention_heads=4, mlp_dim=64, image_size=64,
+            patch_size=16, window_size=2, global_attn_indexes=[1], num_pos_feats=16,
+        )  # fmt: skip
+        return DeepseekVLHybridConfig(
+            text_config=LlamaConfig(**text_config(**changes)), vision_config=siglip(), high_res_vision_config=sam,
+            image_token_id=IMAGE_ID,
+        )  # fmt: skip
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import DeepseekVLHybridForConditionalGeneration
+
+        return DeepseekVLHybridForConditionalGeneration
+
+    def processor(self) -> Any:
+        """Longest edge to 56 and to 64 pixels, padded to squares."""
+        from transformers import DeepseekVLHybridImageProcessorPil, DeepseekVLHybridProcessor
+
+        low, high = {"height": 56, "width": 56}, {"height": 64, "width": 64}
+        images = DeepseekVLHybridImageProcessorPil(size=low, high_res_size=high)
+        return DeepseekVLHybridProcessor(images, named_tokenizer(), num_image_tokens=16)
+
+
+class Janus(Specimen):
+    """Janus: DeepSeek's grid between start and end tokens; the picture generator beside it is not used."""
+
+    name = "janus"
+
+    def config(self, **changes: Any) -> Any:
+        """4 x 4 patches, Llama decoder, the smallest picture generator."""
+        from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+        vision = JanusVisionConfig(
+            hidden_size=32, mlp_ratio=2, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14,
+            projection_dim=64, num_image_tokens=16,
+        )  # fmt: skip
+        generator = JanusVQVAEConfig(
+            base_channels=32, latent_channels=32, channel_multiplier=[1], num_res_blocks=1, num_embeddings=16,
+            projection_dim=64, image_token_embed_dim=64,
+        )  # fmt: skip
+        return JanusConfig(
+            text_config=LlamaConfig(**text_config(**changes)), vision_config=vision, vq_config=generator,
+            image_token_id=IMAGE_ID,
+        )  # fmt: skip
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import JanusForConditionalGeneration
+
+        return JanusForConditionalGeneration
+
+    def processor(self) -> Any:
+        """Longest edge to 56 pixels, padded to a square."""
+        from transformers import JanusImageProcessorPil, JanusProcessor
+
+        images = JanusImageProcessorPil(size={"height": 56, "width": 56})
+        return JanusProcessor(images, named_tokenizer(), num_image_tokens=16)
+
+    def prompt(self, sample: Sample) -> str:
+        """``<image>`` at every picture."""
+        return interleaved(sample, "<image>")
+
+
+class Lfm2VL(Specimen):
+    """LFM2-VL: tiles or the picture's own shape, short convolutions and attention layers in turn."""
+
+    name = "lfm2_vl"
+
+    def config(self, **changes: Any) -> Any:
+        """SigLIP 2 tower, patches of 14 pixels merged 2 x 2, LFM2 decoder."""
+        from transformers import Lfm2Config, Lfm2VlConfig, Siglip2VisionConfig
+
+        vision = Siglip2VisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=14,
+            num_patches=16, vision_use_head=False,
+        )  # fmt: skip
+        text = text_config(**{"layer_types": ["conv", "full_attention"] * 2, **changes})
+        return Lfm2VlConfig(
+            text_config=Lfm2Config(**text), vision_config=vision, image_token_id=IMAGE_ID, projector_hidden_size=64,
+        )  # fmt: skip
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import Lfm2VlForConditionalGeneration
+
+        return Lfm2VlForConditionalGeneration
+
+    def processor(self) -> Any:
+        """A picture of up to 56 x 56 as it is, a larger one as tiles and an overview."""
+        from transformers import Lfm2VlImageProcessor, Lfm2VlProcessor
+
+        tiles = {f"<|img_row_{r}_col_{c}|>": 110 + 4 * r + c for r in range(1, 5) for c in range(1, 5)}
+        special = {"<image>": IMAGE_ID, "<|image_start|>": START, "<|image_end|>": END, "<|img_thumbnail|>": BREAK}
+        images = Lfm2VlImageProcessor(
+            encoder_patch_size=14, tile_size=56, min_image_tokens=1, max_image_tokens=4, max_tiles=4,
+            max_pixels_tolerance=1.0,
+        )  # fmt: skip
+        return Lfm2VlProcessor(images, word_tokenizer({**special, **tiles}))
+
+    def prompt(self, sample: Sample) -> str:
+        """``<image>`` at every picture."""
+        return interleaved(sample, "<image>")
+
+    def nest(self, images: list[list[Any]]) -> Any:
+        """One list per sample."""
+        return images
+
+
+SPECIMENS: tuple[Specimen, ...] = (
+    PaliGemma(),
+    Gemma3(),
+    Mistral3(),
+    Ovis2(),
+    DeepseekVL(),
+    DeepseekVLHybrid(),
+    Janus(),
+    Lfm2VL(),
+)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BlipImageProcessorPil
 
-from .base import IMAGE_ID, PAD, VOCAB, Sample, Specimen, spoken, text_config, word_tokenizer
+from .base import IMAGE_ID, PAD, VOCAB, Sample, Specimen, interleaved, spoken, text_config, word_tokenizer
 
 QUERIES = 8
 
@@ -114,4 +114,44 @@ class Blip2(QFormer):
         return Blip2Processor(images, word_tokenizer({"<image>": IMAGE_ID}), num_query_tokens=QUERIES)
 
 
-SPECIMENS: tuple[Specimen, ...] = (InstructBlip(), Blip2())
+class Aria(Specimen):
+    """Aria: queries read the patches of a picture; a decoder with mixed experts."""
+
+    name = "aria"
+
+    def config(self, **changes: Any) -> Any:
+        """7 x 7 patches (the processor knows no smaller picture than 490 pixels) read by 8 queries."""
+        from transformers import AriaConfig, AriaTextConfig, Idefics3VisionConfig
+
+        vision = Idefics3VisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=490,
+            patch_size=70,
+        )  # fmt: skip
+        text = text_config(**{"moe_num_experts": 4, "moe_num_shared_experts": 1, **changes})
+        return AriaConfig(
+            text_config=AriaTextConfig(**text), vision_config=vision, image_token_id=IMAGE_ID,
+            projector_patch_to_query_dict={49: QUERIES},
+        )  # fmt: skip
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import AriaForConditionalGeneration
+
+        return AriaForConditionalGeneration
+
+    def processor(self) -> Any:
+        """Longest edge to 490 pixels, padded on the right and below."""
+        from transformers import AriaImageProcessorPil, AriaProcessor
+
+        named = word_tokenizer({"<image>": IMAGE_ID}, extra_special_tokens={"image_token": "<image>"})
+        images = AriaImageProcessorPil(max_image_size=490, min_image_size=70)
+        processor = AriaProcessor(images, named, size_conversion={490: QUERIES})
+        processor.images_kwargs = {"max_image_size": 490}
+        return processor
+
+    def prompt(self, sample: Sample) -> str:
+        """``<image>`` at every picture."""
+        return interleaved(sample, "<image>")
+
+
+SPECIMENS: tuple[Specimen, ...] = (InstructBlip(), Blip2(), Aria())
