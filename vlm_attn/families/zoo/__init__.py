@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Sample, Specimen
 from .llava import SPECIMENS as LLAVA
+from .mrope import SPECIMENS as MROPE
 from .others import SPECIMENS as OTHERS
 from .queries import SPECIMENS as QUERIES
 from .tiles import SPECIMENS as TILES
@@ -15,6 +16,7 @@ SPECIMENS: dict[str, Specimen] = {
         *TILES,
         *QUERIES,
         *OTHERS,
+        *MROPE,
     )
 }
 
