@@ -7,7 +7,7 @@ import torch
 
 from tests import models
 from tests.reference.llava import visual_runs
-from vlm_attn.tokens import TokenMap, build_token_map
+from vlm_attn.tokens import Layout, TokenMap, build_token_map
 
 GRID = (models.GRID, models.GRID)
 
@@ -18,8 +18,7 @@ def token_map(batch: models.Batch) -> TokenMap:
     return build_token_map(
         inputs["input_ids"] == models.IMAGE_ID,
         inputs["attention_mask"].bool(),
-        tuple((GRID,) * n for n in images),
-        tuple((models.N_VISUAL,) * n for n in images),
+        [[Layout.of_views(GRID)] * n for n in images],
     )
 
 
@@ -80,4 +79,4 @@ def test_beams_repeat_rows() -> None:
 def test_too_many_placeholders_are_refused() -> None:
     mask = torch.tensor([[False, True, True, True]])
     with pytest.raises(ValueError, match="3 image placeholders"):
-        build_token_map(mask, torch.ones_like(mask), (((1, 2),),), ((2,),))
+        build_token_map(mask, torch.ones_like(mask), [[Layout.of_views((1, 2))]])

@@ -123,11 +123,14 @@ def _read(vlm: VLM, pair: Pair, layers: Sequence[int], text_rows: bool) -> tuple
     """One prompt through the bare model; attention of the last row, or of all text rows that see the picture."""
     session = vlm._live()
     inputs = vlm.inputs([pair[0]], pair[1])
-    tokens = session.family.token_map(inputs["input_ids"], inputs.get("attention_mask"))
-    recorder = Recorder(layers, rows=tokens.sees_image[0].nonzero()[:, 0] if text_rows else None)
+    ids = inputs["input_ids"]
+    after = ids[0] != session.family.placeholders["image"]
+    first = int((~after).nonzero()[0, 0]) if bool((~after).any()) else ids.shape[1]
+    after[:first] = False
+    recorder = Recorder(layers, rows=after.nonzero()[:, 0] if text_rows else None)
     with torch.no_grad(), session.suspended(), session.recording(recorder):
         vlm.model(**inputs)
-    return tokens, recorder
+    return session.family.token_map(ids, inputs.get("attention_mask"), list(recorder.media.values())), recorder
 
 
 def sinks(vlm: VLM, pairs: Sequence[Pair], weak: bool = False) -> dict[str, Any]:

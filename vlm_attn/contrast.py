@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from .errors import UnsupportedError
+from .families import Media
 from .stages import Contrast
 
 if TYPE_CHECKING:
@@ -45,28 +46,32 @@ class ContrastProcessor(LogitsProcessor):
 
     def _prefill(self, input_ids: Tensor) -> Tensor:
         session, request = self.session, self.session.last
-        arguments = request.image_kwargs
-        if arguments is None:
-            raise UnsupportedError(
-                f"{self.method.name} alters the picture, so it needs pixel_values, not precomputed image features"
-            )
-        features = session.family.encode(
-            {**arguments, "pixel_values": self.method.alter_pixels(arguments["pixel_values"])}
-        )
-        rows = [request.tokens.images(row) for row in range(request.tokens.batch)]
-        given = session.family.image_count(features)
-        times = sum(rows) // max(given, 1)
-        if given * times != sum(rows):
-            raise UnsupportedError(f"{given} encoded images do not match the {sum(rows)} images of the prompts")
-        kwargs = {k: v for k, v in request.prompt_kwargs.items() if k not in _OWN}
-        for name in arguments:
-            kwargs.pop(name, None)
-        kwargs["mm_encoder_outputs"] = {"image": session.family.repeat_features(features, rows[::times], times)}
+        family, kwargs = session.family, {k: v for k, v in request.prompt_kwargs.items() if k not in _OWN}
+        encoded = {}
+        for kind, media in request.media.items():
+            if not media.arguments:
+                raise UnsupportedError(
+                    f"{self.method.name} alters the picture, so it needs pixel_values, not precomputed image features"
+                )
+            pixels = media.arguments[family.pixel_argument(media)]
+            features = family.encode(media, self.method.alter_pixels(pixels))
+            encoded[kind] = self._repeated(kind, media, features)
+            for name in media.arguments:
+                kwargs.pop(name, None)
+        kwargs["mm_encoder_outputs"] = encoded
         if kwargs.get("position_ids") is None or kwargs["input_ids"].shape != input_ids.shape:
             raise UnsupportedError(f"{self.method.name} contrasts inside generate(); call model.generate or vlm.ask")
         self.mask, self.positions = kwargs.get("attention_mask"), kwargs["position_ids"]
         self.cache = DynamicCache(config=session.family.text_config)
         return self._forward(kwargs)
+
+    def _repeated(self, kind: str, media: Media, features: Any) -> Any:
+        """The branch's features, repeated as ``generate`` repeated the rows."""
+        tokens = self.session.last.tokens
+        video = kind == "video"
+        rows = [sum(len(lay) for lay in row if lay.video == video) for row in tokens.layouts]
+        times = sum(rows) // max(sum(media.lengths), 1)
+        return self.session.family.repeat_features(features, rows[::times], times)
 
     def _step(self, input_ids: Tensor) -> Tensor:
         if input_ids.shape[1] != self.length + 1 or self.positions is None:

@@ -5,6 +5,8 @@ Original positions are kept. Samples that keep fewer tokens than the longest one
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,11 +66,21 @@ def last_axis(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def prefill_inputs(
-    pruned: PruneStage, kwargs: dict[str, Any], backend: str, dtype: torch.dtype, causal: bool
+    pruned: PruneStage,
+    kwargs: dict[str, Any],
+    backend: str,
+    dtype: torch.dtype,
+    causal: bool,
+    along: Sequence[str] = ("position_embeddings", "position_ids"),
 ) -> dict[str, Any]:
-    """Decoder-layer arguments of the prefill on the kept slots (tables and masks are gathered once per stage)."""
+    """Decoder-layer arguments of the prefill on the kept slots (tables and masks are gathered once per stage).
+
+    Args:
+        along: names of the arguments that run along the sequence: tensors ``[B or 1, N, ...]``, position ids with
+            planes in front, or tuples of tensors.
+    """
     out = dict(kwargs)
-    tables, mask, positions = kwargs["position_embeddings"], kwargs.get("attention_mask"), kwargs.get("position_ids")
+    mask = kwargs.get("attention_mask")
 
     def once(value: Any, make: Any) -> Any:
         # Keyed by identity and kept alive beside the result, so that an id cannot be reused within the request.
@@ -76,11 +88,18 @@ def prefill_inputs(
             pruned.cache[id(value)] = (value, make())
         return pruned.cache[id(value)][1]
 
-    out["position_embeddings"] = once(tables, lambda: tuple(take(t, pruned.idx) for t in tables))
-    if positions is not None:
-        out["position_ids"] = once(positions, lambda: last_axis(positions, pruned.idx))
+    for name in along:
+        value = kwargs.get(name)
+        if value is not None:
+            out[name] = once(value, functools.partial(_along_sequence, name, value, pruned.idx))
     out["attention_mask"] = once(mask, lambda: masks.gather(mask, pruned.idx, pruned.valid, backend, dtype, causal))
     return out
+
+
+def _along_sequence(name: str, value: Any, idx: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(take(part, idx) for part in value)
+    return last_axis(value, idx) if name == "position_ids" else take(value, idx)
 
 
 def decode_mask(pruned: PruneStage, queries: int, past: int, backend: str, dtype: torch.dtype) -> Tensor | None:
@@ -88,7 +107,7 @@ def decode_mask(pruned: PruneStage, queries: int, past: int, backend: str, dtype
     return masks.decode(pruned.valid, queries, past, backend, dtype)
 
 
-def lm_prefill(pruned: PruneStage, kwargs: dict[str, Any]) -> dict[str, Any]:
+def lm_prefill(pruned: PruneStage, kwargs: dict[str, Any], backend: str) -> dict[str, Any]:
     """Language-model arguments of the prefill when tokens leave before layer 0."""
     out = dict(kwargs)
     embeds = kwargs["inputs_embeds"]
@@ -99,10 +118,20 @@ def lm_prefill(pruned: PruneStage, kwargs: dict[str, Any]) -> dict[str, Any]:
     out["inputs_embeds"] = take(embeds, pruned.idx)
     out["position_ids"] = last_axis(positions, pruned.idx)
     mask = kwargs.get("attention_mask")
-    if mask is not None and mask.dim() != 2:
-        raise ValueError("pruning before the language model needs the 2-D attention mask that the processor made")
+
+    def gathered(given: Any) -> Any:
+        # Masks that the parent model built (bidirectional prefixes, sliding layers).
+        return masks.gather(given, pruned.idx, pruned.valid, backend, embeds.dtype, True)
+
     # Always explicit: gaps in the position ids would otherwise be read as several packed sequences.
-    out["attention_mask"] = pruned.valid.long() if mask is None else take(mask, pruned.idx) * pruned.valid
+    if mask is None:
+        out["attention_mask"] = pruned.valid.long()
+    elif isinstance(mask, dict):
+        out["attention_mask"] = {name: gathered(given) for name, given in mask.items()}
+    elif isinstance(mask, Tensor) and mask.dim() == 2:
+        out["attention_mask"] = take(mask, pruned.idx) * pruned.valid
+    else:
+        out["attention_mask"] = gathered(mask)
     return out
 
 
@@ -150,11 +179,10 @@ def visible(tokens: TokenMap, family: Family, processor: Any, sizes: list[list[t
         )
     copies = tokens.batch // len(sizes)  # beams and several return sequences repeat each sample
     for row in range(tokens.batch):
-        for image, (size, grid) in enumerate(zip(sizes[row // copies], tokens.grids[row], strict=True)):
-            if grid is None:
-                continue
-            seen = family.geometry(image_processor, size, grid).visible().to(out.device)
-            slots = ((tokens.img_id[row] == image) & tokens.vis[row]).nonzero()[:, 0]
-            cells = tokens.cell[row, slots]
-            out[row, slots] = seen[cells[:, 0], cells[:, 1]]
+        for image, (size, layout) in enumerate(zip(sizes[row // copies], tokens.layouts[row], strict=True)):
+            mine = tokens.vis[row] & (tokens.img_id[row] == image)
+            for view, box in enumerate(family.geometry(image_processor, size, layout)):
+                slots = (mine & (tokens.frame[row] == view)).nonzero()[:, 0]
+                cells = tokens.cell[row, slots]
+                out[row, slots] = box.visible().to(out.device)[cells[:, 0], cells[:, 1]]
     return out

@@ -18,18 +18,19 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from . import profiles, pruning
+from . import probe, profiles, pruning
 from .attention import interface
 from .attention.plans import Call, with_bias
 from .contrast import ContrastProcessor
 from .edits import Edits
 from .errors import AttachError, UnsupportedError
-from .families import resolve
+from .families import Media, resolve
+from .families.base import KINDS
 from .guards import check_generate
 from .profiles import Profile
 from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
-from .request import Request
+from .request import Prompt, Request
 from .stages import Contrast, Method, Prune, PruneView, Refine, Site
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -69,6 +70,8 @@ class Session:
         self.info = self.family.info()
         self.profile = profile or profiles.find(self.info.checkpoint, self.info.signature)
         self.methods: tuple[Method, ...] = tuple(m.resolve(self.info, self.profile) for m in pipeline(method))
+        windows = [w for n in range(self.info.layers) if (w := self.family.window(n)) is not None]
+        self.window: int | None = min(windows, default=None)
         for m in self.methods:
             if m.stage in self.family.refused:
                 raise UnsupportedError(f"{m.name} on {self.family.name}: {self.family.refused[m.stage]}")
@@ -83,9 +86,9 @@ class Session:
         self.recorder: Recorder | None = None
         self._suspended = 0
         self._capture: dict[int, Tensor] | None = None
-        self._fresh = False
-        self._prompt_kwargs: dict[str, Any] = {}
-        self._image_call: tuple[dict[str, Any], float] | None = None
+        self._prompt: Prompt | None = None
+        self._generating = False
+        self._media: dict[str, Media] = {}
         self._lm_start: float | None = None
         self._undo: list[Callable[[], None]] = []
         self.attached = False
@@ -103,23 +106,29 @@ class Session:
             lm = self.family.lm
             self.backend: str = lm.config._attn_implementation
             name = interface.register(self.backend)
-            self.causal = bool(getattr(self.family.attention(0), "is_causal", True))
             try:
                 _ATTACHED.add(self.model)
                 self._undo.append(functools.partial(_ATTACHED.discard, self.model))
                 self._switch(name)
                 for number, layer in enumerate(self.family.layers):
-                    attention = self.family.attention(number)
+                    self._pre_hook(layer, functools.partial(self._before_layer, number))
+                for number, attention in self.family.attentions():
                     interface.connect(attention, self)
                     self._undo.append(functools.partial(interface.disconnect, attention))
-                    self._pre_hook(layer, functools.partial(self._before_layer, number))
-                    self._pre_hook(attention.o_proj, functools.partial(self._before_o_proj, number))
+                    output = self.family.output_projection(attention)
+                    self._pre_hook(output, functools.partial(self._before_o_proj, number))
                 self._pre_hook(self.model, self._before_model)
                 self._pre_hook(self.family.base, self._before_base)
                 self._pre_hook(lm, self._before_lm)
                 self._undo.append(lm.register_forward_hook(self._after_lm, with_kwargs=True).remove)
-                self._shadow(self.family.base, "get_image_features", self._get_image_features)
+                for kind in KINDS:
+                    if self.family.features(kind) is not None:
+                        features = functools.partial(self._get_features, kind)
+                        self._shadow(self.family.base, f"get_{kind}_features", features)
+                for owner, attribute, wrapper in self.family.shadows(lambda: self._running):
+                    self._shadow(owner, attribute, wrapper)
                 self._shadow(self.model, "generate", self._generate)
+                probe.check(self)
                 self.attached = True
             except BaseException:
                 self.detach()
@@ -129,8 +138,12 @@ class Session:
         lm, before = self.family.lm, self.backend
         self._undo.append(lambda: setattr(lm.config, "_attn_implementation", before))
         lm.set_attn_implementation(name)
-        if lm.config._attn_implementation != name:
-            raise AttachError(f"{type(self.model).__name__} did not accept the attention function; load it unmodified")
+        for number, attention in self.family.attentions():
+            if getattr(getattr(attention, "config", None), "_attn_implementation", None) != name:
+                raise AttachError(
+                    f"{type(self.model).__name__}: the attention of decoder layer {number} did not accept the "
+                    "attention function; load the model unmodified"
+                )
 
     def _pre_hook(self, module: Any, hook: Callable[..., Any]) -> None:
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -156,8 +169,9 @@ class Session:
                 self._undo.pop()()
             self.attached = False
             self._suspended, self.recorder, self._capture = 0, None, None
+            self._prompt, self._media = None, {}
             if self.request is not None:
-                self.request.prompt_kwargs, self.request.image_kwargs = {}, None
+                self.request.prompt_kwargs, self.request.media = {}, {}
 
     def __enter__(self) -> Session:
         return self
@@ -207,19 +221,19 @@ class Session:
             if self.contrast is not None and self.contrast.active:
                 branch = ContrastProcessor(self, self.contrast)
                 kwargs["logits_processor"] = [branch, *(kwargs.get("logits_processor") or [])]
-            self._fresh, self._image_call, self._prompt_kwargs = False, None, {}
-            return original(*args, **kwargs)
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            self._prompt, self._media, self._generating = Prompt(ids, kwargs.get("attention_mask"), kwargs), {}, True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._generating = False
 
-    def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._suspended:
-            return original(*args, **kwargs)
+    def _get_features(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        store = self._media if not self._suspended else self.recorder.media if self.recorder is not None else None
         start = time.perf_counter()
         out = original(*args, **kwargs)
-        call = (self.family.bind_image_arguments(args, kwargs), time.perf_counter() - start)
-        if self._fresh and self.request is not None:  # a plain forward encodes inside the base model
-            self.request.image_kwargs, self.request.times["encode_s"] = call
-        else:  # generate encodes ahead of the prompt's forward
-            self._image_call = call
+        if store is not None and hasattr(out, "pooler_output"):
+            store[kind] = Media(kind, self.family.bind(kind, args, kwargs), out, time.perf_counter() - start)
         return out
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -231,33 +245,26 @@ class Session:
                 "labels cannot be used while tokens are pruned: the logits are shorter than the labels"
             )
         if self._is_prefill(bound.get("past_key_values")):
-            self._prompt_kwargs = bound
+            self._prompt = Prompt(bound.get("input_ids"), bound.get("attention_mask"), bound)
+            if bound.get("mm_encoder_outputs") is None and not self._generating:
+                self._media = {}
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._suspended:
             return
         bound = _by_name(type(module).forward, module, args, kwargs)
-        ids, mask = bound.get("input_ids"), bound.get("attention_mask")
+        encoded = bound.get("mm_encoder_outputs") or {}
         if not self._is_prefill(bound.get("past_key_values")):
-            encoded = (bound.get("mm_encoder_outputs") or {}).get("image")
-            if self._acts() and (encoded is not None or bound.get("pixel_values") is not None):
+            pixels = any(bound.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+            if self._acts() and (pixels or any(value is not None for value in encoded.values())):
                 raise UnsupportedError("a later turn brings a new image: send the whole conversation as one prompt")
             return
-        if ids is None:
-            if self._acts():
-                raise UnsupportedError(
-                    "methods need input_ids to find the visual tokens; inputs_embeds alone cannot do"
-                )
-            self.request, self._fresh = None, False
-            return
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        tokens = self.family.token_map(ids, mask)
-        request = Request(tokens=tokens, entered=tokens)
-        request.prompt_kwargs, self._prompt_kwargs = self._prompt_kwargs, {}
-        if self._image_call is not None:
-            (request.image_kwargs, request.times["encode_s"]), self._image_call = self._image_call, None
-        self.request, self._fresh = request, True
-        self._text_stream(ids, mask)
+        for kind in KINDS:
+            output, ours = encoded.get(kind), self._media.get(kind)
+            if output is not None and (ours is None or ours.output is not output):
+                self._media[kind] = Media(kind, {}, output)  # finished features of the caller
+        whole = self._prompt.kwargs if self._prompt is not None else bound
+        self._prompt = Prompt(bound.get("input_ids"), bound.get("attention_mask"), whole)
 
     def _acts(self) -> bool:
         """Whether some method changes the decoder's forward pass."""
@@ -265,6 +272,30 @@ class Session:
 
     def _is_prefill(self, cache: Any) -> bool:
         return cache is None or cache.get_seq_length() == 0
+
+    def _begin(self, kwargs: dict[str, Any]) -> Request | None:
+        """The request whose prompt enters the decoder now; None when nothing is known about it and nothing acts."""
+        prompt, self._prompt = self._prompt, None
+        media, self._media = self._media, {}
+        rows = kwargs.get("inputs_embeds")
+        rows = kwargs.get("input_ids") if rows is None else rows
+        if prompt is None or prompt.ids is None or rows is None:
+            self.request = None
+            if self._acts() and prompt is None:
+                raise UnsupportedError("call the model itself, not its decoder, while a method is attached")
+            if self._acts():
+                raise UnsupportedError(
+                    "methods need input_ids to find the visual tokens; inputs_embeds alone cannot do"
+                )
+            return None
+        ids, mask = prompt.repeated(rows.shape[0])
+        tokens = self.family.token_map(ids, mask, list(media.values()))
+        request = Request(tokens=tokens, entered=tokens, prompt_kwargs=prompt.kwargs, media=media)
+        request.seen, request.prefilled = tokens.length, True
+        request.times["encode_s"] = sum(m.seconds for m in media.values())
+        self.request = request
+        self._text_stream(ids, mask)
+        return request
 
     def _text_stream(self, ids: Tensor, mask: Tensor | None) -> None:
         """Runs the prompt without its image once and keeps the last head outputs (head-scale methods that ask)."""
@@ -294,19 +325,18 @@ class Session:
         rows = kwargs.get("input_ids") if rows is None else rows
         queries = rows.shape[1] if isinstance(rows, Tensor) else 0
         if self._is_prefill(cache):
-            if not self._fresh:
-                if self._acts() and self.request is not None:
-                    raise UnsupportedError("call the model itself, not its decoder, while a method is attached")
+            request = self._begin(kwargs)
+            if request is None:
                 return None
-            request = self.last
-            self._fresh, request.seen, request.prefilled = False, request.tokens.length, True
+            self._window_fits(queries)
             self._lm_start = time.perf_counter()
             if 0 in self.sites:
                 cut = pruning.stage(request.tokens, self._decide(self.sites[0], request), 0, None)
                 if cut is not None:
                     request.stages.append(cut[0])
                     request.entered = cut[0].tokens
-                    return args, pruning.lm_prefill(cut[0], kwargs)
+                    inputs = pruning.lm_prefill(cut[0], kwargs, self.backend)
+                    return args, self.family.prune_inputs(cut[0], inputs)
             return None
         running = self._running
         if running is None:
@@ -324,8 +354,18 @@ class Session:
                 "reused across prompts while a method is attached"
             )
         request.seen += queries
+        self._window_fits(request.seen)
         pruned = request.stage_at(0)
         return None if pruned is None else (args, pruning.lm_decode(pruned, request, kwargs, past))
+
+    def _window_fits(self, length: int) -> None:
+        """Sliding-window layers forget keys by physical count: beyond the window nothing here would be exact."""
+        if self._acts() and self.window is not None and length > self.window:
+            names = ", ".join(m.name for m in self.methods if m.stage in ("prune", "edit"))
+            raise UnsupportedError(
+                f"{names}: prompt and answer ({length} tokens) exceed the sliding window of {self.window} tokens of "
+                "this model's attention; use a shorter prompt, or load the model with a larger sliding_window"
+            )
 
     def _after_lm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._suspended or self.request is None:
@@ -346,7 +386,7 @@ class Session:
         changed = False
         if past > 0:
             pruned = request.stage_at(number)
-            if pruned is None or pruned.layer == 0:
+            if pruned is None:
                 return None
             mask = pruning.decode_mask(pruned, hidden.shape[1], past, self.backend, hidden.dtype)
             return args, {**kwargs, "attention_mask": mask}
@@ -360,7 +400,10 @@ class Session:
                 changed = True
         pruned = request.stage_at(number)
         if pruned is not None and pruned.layer > 0:
-            kwargs = pruning.prefill_inputs(pruned, kwargs, self.backend, hidden.dtype, self.causal)
+            causal = interface.is_causal(self.family.attention(number))
+            kwargs = pruning.prefill_inputs(
+                pruned, kwargs, self.backend, hidden.dtype, causal, self.family.sequence_arguments
+            )
             changed = True
         self.edits.prepare(number, hidden, request)
         if not changed:
@@ -397,13 +440,18 @@ class Session:
         if request is None and not reading:
             return base(module, query, key, value, mask, **kwargs)
         causal = kwargs.get("is_causal")
+        if kwargs.get("s_aux") is not None:
+            raise UnsupportedError(
+                f"{self.family.name}: attention with learned sinks (s_aux) is not supported by edits, pruning scores "
+                "and readouts"
+            )
         call = Call(
             query=query,
             key=key,
             value=value,
             mask=mask,
             scaling=kwargs["scaling"],
-            causal=self.causal if causal is None else bool(causal),
+            causal=interface.is_causal(module) if causal is None else bool(causal),
             softcap=kwargs.get("softcap"),
             bias=self.edits.bias(layer, key.shape[2], request) if request is not None else None,
         )

@@ -108,10 +108,10 @@ class Probe(Protocol):
     layers: int
 
     def maps(self, image: Image.Image, text: str, *, layers: Sequence[int], steps: int) -> np.ndarray:
-        """Head-mean attention of the newest row on the image, float32 ``[steps, layers, rows, columns]``."""
+        """Head-mean attention of the newest row on the image's visual tokens, float32 ``[steps, layers, n]``."""
 
-    def to_pixels(self, grid_map: np.ndarray, image: Image.Image, *, stretch: bool = False) -> np.ndarray:
-        """A grid map as float32 ``(H, W)`` in original pixels (bilinear, half-pixel centres)."""
+    def to_pixels(self, values: np.ndarray, image: Image.Image, *, stretch: bool = False) -> np.ndarray:
+        """Values of the visual tokens ``[n]`` as float32 ``(H, W)`` in original pixels (bilinear)."""
 
 
 class Refine(Method):

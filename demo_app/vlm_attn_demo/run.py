@@ -137,7 +137,10 @@ class Runner:
 
     def cell_boxes(self, picture: Image.Image, grid: tuple[int, int]) -> dict[tuple[int, int], Any]:
         """(row, column) -> box in pixels of the picture, for every visual token."""
-        geometry = self.vlm.family.geometry(self.vlm.processor.image_processor, picture.size, tuple(grid))
+        from vlm_attn.tokens import Layout  # the page appears before torch is loaded
+
+        layout = Layout.of_views(grid)
+        geometry = self.vlm.family.geometry(self.vlm.processor.image_processor, picture.size, layout)[0]
         return {(r, c): geometry.cell_box(r, c) for r in range(grid[0]) for c in range(grid[1])}
 
 

@@ -85,10 +85,10 @@ class Carve(Refine):
     def _refine(self, image: Image.Image, text: str, probe: Probe) -> Image.Image:
         question, general = text + self.suffix, self.general + self.suffix
         if self.skip_correlation is not None:
-            pair = [attention_map(probe, image, t, layers=self.layers).ravel() for t in (question, general)]
+            pair = [attention_map(probe, image, t, layers=self.layers) for t in (question, general)]
             if float(np.corrcoef(np.stack(pair))[0, 1]) > self.skip_correlation:
                 return image
-        grid = contrast_map(
+        values = contrast_map(
             probe,
             image,
             question,
@@ -99,7 +99,7 @@ class Carve(Refine):
             lam=self.lam,
             lam_rel=self.lam_rel,
         )
-        mask = region_mask(probe.to_pixels(grid, image, stretch=self.stretch), self.top, self.regions)
+        mask = region_mask(probe.to_pixels(values, image, stretch=self.stretch), self.top, self.regions)
         return image if mask is None else cut_out(image, mask)
 
 

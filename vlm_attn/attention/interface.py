@@ -56,6 +56,11 @@ def disconnect(module: nn.Module) -> None:
     _ENGINES.pop(module, None)
 
 
+def is_causal(module: nn.Module) -> bool:
+    """Whether an absent mask means causal attention in this module."""
+    return bool(getattr(module, "is_causal", True))
+
+
 def base_function(backend: str, module: nn.Module) -> AttentionFunction:
     """The backend's own attention function for this module."""
     if backend == "eager":

@@ -1,23 +1,35 @@
-"""One adapter per model family; :func:`resolve` finds the adapter of a loaded model."""
+"""One adapter per model family; :func:`resolve` finds the adapter of a loaded model.
+
+A family that fits a general adapter is one line in the table below; one that does not has a file of its own.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AttachError
-from .base import Family
+from .base import Family, Media
 from .llava import Llava
 
-_FAMILIES: tuple[type[Family], ...] = (Llava,)
+# transformers' model_type -> adapter.
+ADAPTERS: dict[str, type[Family]] = {
+    "llava": Llava,
+}
+
+# Vision-language models that cannot be served, and why.
+UNSUPPORTED: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """One line of the family table."""
+    """One line of the family table; ``executed`` is what the last run of the support matrix recorded."""
 
     name: str
     model_types: tuple[str, ...]
@@ -34,9 +46,18 @@ class FamilyRow:
         }
 
 
+@functools.cache
+def executed() -> frozenset[str]:
+    """Families that the shipped record of the support matrix (``python -m vlm_attn.families.matrix``) ran."""
+    record = resources.files(__package__).joinpath("support.json")
+    if not record.is_file():
+        return frozenset()
+    return frozenset(json.loads(record.read_text(encoding="utf-8"))["families"])
+
+
 def families() -> list[FamilyRow]:
     """The supported families."""
-    return [FamilyRow(f.name, f.model_types, f.executed, dict(f.refused)) for f in _FAMILIES]
+    return [FamilyRow(name, (name,), name in executed(), dict(kind.refused)) for name, kind in ADAPTERS.items()]
 
 
 def resolve(model: nn.Module) -> Family:
@@ -51,17 +72,18 @@ def resolve(model: nn.Module) -> Family:
             "AutoModelForImageTextToText.from_pretrained(...)"
         )
     kind = getattr(model.config, "model_type", "")
-    for family in _FAMILIES:
-        if kind in family.model_types:
-            if model.get_output_embeddings() is None:
-                raise AttachError(
-                    f"{type(model).__name__} has no language head: load the ...ForConditionalGeneration class"
-                )
-            return family(model)
-    known = ", ".join(t for f in _FAMILIES for t in f.model_types)
+    if kind in ADAPTERS:
+        if model.get_output_embeddings() is None:
+            raise AttachError(
+                f"{type(model).__name__} has no language head: load the ...ForConditionalGeneration class"
+            )
+        return ADAPTERS[kind](model)
+    if kind in UNSUPPORTED:
+        raise AttachError(f"model family '{kind}' cannot be served: {UNSUPPORTED[kind]}")
+    known = ", ".join(ADAPTERS)
     if getattr(model.config, "vision_config", None) is None:
         raise AttachError(f"{type(model).__name__} ({kind}) is not a vision-language model; supported: {known}")
     raise AttachError(f"model family '{kind}' has no adapter yet; supported: {known}")
 
 
-__all__ = ["Family", "FamilyRow", "families", "resolve"]
+__all__ = ["ADAPTERS", "UNSUPPORTED", "Family", "FamilyRow", "Media", "families", "resolve"]

@@ -1,14 +1,16 @@
 """The adapter contract: what the core asks of a model family, answered by asking the model itself.
 
-``Family`` serves every family whose parts can be found through transformers' own accessors (decoder, decoder layers
-with ``self_attn.o_proj``, image features, image token id). A family file overrides only what truly differs.
+``Family`` serves every family whose parts can be found through transformers' own accessors (decoder, decoder layers,
+image features, placeholder ids). A family file overrides only what truly differs.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +19,68 @@ from transformers import PreTrainedModel
 from ..errors import AttachError
 from ..geometry import ImageGeometry, fixed_canvas
 from ..stages import ModelInfo
-from ..tokens import TokenMap, build_token_map
+from ..tokens import Grid, Layout, TokenMap, build_token_map
 
-Grid = tuple[int, int] | None
+if TYPE_CHECKING:
+    from ..request import PruneStage, Request
+
+KINDS = ("image", "video")
+Shadow = tuple[Any, str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """One call of the model's feature function.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        arguments: what went in, by name; empty where the caller brought finished features.
+        output: what came out (``pooler_output`` holds the features).
+        seconds: how long it took.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    output: Any
+    seconds: float = 0.0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Visual tokens of each entry of the features."""
+        features = self.output.pooler_output
+        return [math.prod(f.shape[:-1]) for f in features]
 
 
 class Family:
-    """Adapter of one model object; built (and validated) at attach time."""
+    """Adapter of one model object; built (and validated) at attach time.
 
-    name: ClassVar[str]
-    model_types: ClassVar[tuple[str, ...]]
-    executed: ClassVar[bool] = True
+    Class attributes:
+        attention_names, output_names: names under which a decoder layer may hold its attention, and that its output
+            projection; the first one found counts.
+        sequence_arguments: arguments of a decoder layer that run along the sequence and shrink with it.
+        refused: stage -> why this family cannot have it.
+        structure: names of config entries with ids of tokens that frame a picture (start, end, separators); they
+            leave with the picture in the text-only stream.
+    """
+
+    attention_names: ClassVar[tuple[str, ...]] = ("self_attn",)
+    output_names: ClassVar[tuple[str, ...]] = ("o_proj",)
+    sequence_arguments: ClassVar[tuple[str, ...]] = ("position_embeddings", "position_ids")
     refused: ClassVar[Mapping[str, str]] = {}
+    structure: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        self.name = str(model.config.model_type)
         self.base: nn.Module = model.base_model
         self.lm: Any = self._need(model.get_decoder(), "a decoder (get_decoder())")
         self.layers: nn.ModuleList = self._need(getattr(self.lm, "layers", None), "decoder layers (decoder.layers)")
         self.head: Any = self._need(model.get_output_embeddings(), "an output head (get_output_embeddings())")
         self.text_config: Any = model.config.get_text_config()
-        self.image_token_id = int(
-            self._need(getattr(model.config, "image_token_id", None), "config.image_token_id (the image placeholder)")
-        )
-        self._need(getattr(self.base, "get_image_features", None), "get_image_features() on its base model")
-        for number, layer in enumerate(self.layers):
-            attention = getattr(layer, "self_attn", None)
-            self._need(attention, f"self_attn in decoder layer {number}")
-            self._need(getattr(attention, "o_proj", None), f"self_attn.o_proj in decoder layer {number}")
-            if getattr(attention, "layer_idx", None) != number:
-                raise AttachError(f"{self._who()}: decoder layer {number} does not know its index (layer_idx)")
-        if self.text_config is not self.lm.config:
-            raise AttachError(
-                f"{self._who()}: its decoder does not share config.get_text_config(); load it unmodified"
-            )
+        self.placeholders: dict[str, int] = self._placeholders()
+        self._need(self.features("image"), "get_image_features() on its base model")
+        self._attentions = [self._attention(number, layer) for number, layer in enumerate(self.layers)]
+        self._need(next(iter(self.attentions()), None), "a decoder layer with attention")
 
     def _who(self) -> str:
         return f"{type(self.model).__name__} (family {self.name})"
@@ -60,61 +90,123 @@ class Family:
             raise AttachError(f"{self._who()} lacks {what}: vlm_attn needs an unmodified transformers model")
         return part
 
+    def _placeholders(self) -> dict[str, int]:
+        found = {}
+        for kind in KINDS:
+            for key in (f"{kind}_token_id", f"{kind}_token_index"):
+                value = getattr(self.model.config, key, None)
+                if isinstance(value, int):
+                    found[kind] = value
+                    break
+        self._need(found.get("image"), "config.image_token_id (the image placeholder)")
+        return found
+
+    def _attention(self, number: int, layer: nn.Module) -> Any:
+        """The self-attention of a layer; None in layers that mix tokens otherwise (convolution, recurrence)."""
+        attention = _first(layer, self.attention_names)
+        if attention is None:
+            if not self.hybrid:
+                self._need(None, f"{' or '.join(self.attention_names)} in decoder layer {number}")
+            return None
+        self._need(
+            _first(attention, self.output_names),
+            f"{self.attention_names[0]}.{self.output_names[0]} in decoder layer {number}",
+        )
+        if getattr(attention, "layer_idx", None) != number:
+            raise AttachError(f"{self._who()}: decoder layer {number} does not know its index (layer_idx)")
+        return attention
+
+    # ------------------------------------------------------------------------------------------------- structure
+
+    hybrid: ClassVar[bool] = False
+    """Whether some decoder layers have no attention."""
+
     def attention(self, layer: int) -> Any:
-        """Self-attention module of a decoder layer."""
-        return self.layers[layer].self_attn
+        """Self-attention module of a decoder layer (None in a layer without attention)."""
+        return self._attentions[layer]
+
+    def attentions(self) -> Iterator[tuple[int, Any]]:
+        """(layer, attention module) of every layer that has one."""
+        return ((n, a) for n, a in enumerate(self._attentions) if a is not None)
+
+    def output_projection(self, attention: nn.Module) -> Any:
+        """The module that receives the head outputs ``[B, Q, H * d]``."""
+        return _first(attention, self.output_names)
+
+    def features(self, kind: str) -> Any:
+        """The bound feature function of images or videos, or None."""
+        return getattr(self.base, f"get_{kind}_features", None)
 
     def info(self) -> ModelInfo:
         """Shape of the language model."""
         config = self.text_config
         heads = int(config.num_attention_heads)
+        _, attention = next(self.attentions())
+        head_dim = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
         return ModelInfo(
             checkpoint=str(getattr(self.model.config, "_name_or_path", "") or ""),
             family=self.name,
             layers=len(self.layers),
             heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(self.attention(0).head_dim),
+            head_dim=int(head_dim or config.hidden_size // heads),
             hidden=int(config.hidden_size),
         )
 
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer's attention in tokens, or None."""
+        kinds = getattr(self.text_config, "layer_types", None)
+        if kinds is not None:
+            sliding = "sliding" in kinds[layer]
+        else:
+            sliding = bool(getattr(self.text_config, "use_sliding_window", True))
+        size = getattr(self.text_config, "sliding_window", None)
+        return int(size) if sliding and size else None
+
     # ---------------------------------------------------------------------------------------------- token roles
 
-    def image_grid(self, length: int, features: Any) -> Grid:
-        """(rows, columns) of an image of ``length`` visual tokens, or None where there is no grid."""
-        raise AttachError(f"{self._who()} does not say how its visual tokens lie on the picture")
+    def layout(self, length: int) -> Layout:
+        """How ``length`` visual tokens of one picture lie; by default nothing is claimed about their places."""
+        return Layout.without_grid(length)
 
-    def tokens_per_image(self, input_ids: Tensor) -> int | None:
-        """Visual tokens per image when every image has the same number; None when it varies."""
-        return None
+    def layouts(self, media: Media) -> list[Layout]:
+        """The layout of every picture (or video) of the batch, in placeholder order."""
+        return [self.layout(length) for length in media.lengths]
 
-    def token_map(self, input_ids: Tensor, attention_mask: Tensor | None) -> TokenMap:
-        """Roles of the prompt's tokens; ``input_ids`` [B, N] with placeholders already expanded."""
-        image_mask = input_ids == self.image_token_id
-        valid = torch.ones_like(image_mask) if attention_mask is None else attention_mask.to(torch.bool)
-        if valid.dim() != 2 or valid.shape != image_mask.shape:
+    def token_map(self, input_ids: Tensor, attention_mask: Tensor | None, media: Sequence[Media]) -> TokenMap:
+        """Roles of the prompt's tokens.
+
+        Args:
+            input_ids: ``[B, N]`` with placeholders already expanded.
+            attention_mask: ``[B, N]`` or None.
+            media: the features that go with the prompt.
+
+        Raises:
+            ValueError: the placeholders do not match the features.
+        """
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if valid.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask {tuple(valid.shape)} does not match input_ids {tuple(input_ids.shape)}: pass the 2-D "
                 "mask that the processor made"
             )
-        per_image = self.tokens_per_image(input_ids)
-        lengths, grids = [], []
-        for row in range(input_ids.shape[0]):
-            count = int((image_mask[row] & valid[row]).sum())
-            if per_image is not None and count % per_image:
-                raise ValueError(
-                    f"sample {row} has {count} image placeholders, which is no multiple of the {per_image} visual "
-                    f"tokens of one image: build the inputs with the model's own processor"
-                )
-            spans = (per_image,) * (count // per_image) if per_image else ((count,) if count else ())
-            lengths.append(spans)
-            grids.append(tuple(self.image_grid(n, None) for n in spans))
-        return build_token_map(image_mask, valid, tuple(grids), tuple(lengths))
+        valid = valid.to(torch.bool)
+        kinds = torch.full_like(input_ids, -1)
+        for number, kind in enumerate(KINDS):
+            if kind in self.placeholders:
+                kinds[(input_ids == self.placeholders[kind]) & valid] = number
+        found = {m.kind: self.layouts(m) for m in media}
+        rows = assign(kinds, [found.get(kind, []) for kind in KINDS])
+        return build_token_map(kinds >= 0, valid, rows)
 
     def text_only(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The prompt without its image placeholders: left-padded ids [B, n] and mask [B, n]."""
+        """The prompt without its pictures: left-padded ids [B, n] and mask [B, n]."""
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        keep = valid.to(torch.bool) & (input_ids != self.image_token_id)
+        framing = [getattr(self.model.config, name, None) for name in self.structure]
+        gone = torch.tensor(
+            [*self.placeholders.values(), *(i for i in framing if isinstance(i, int))], device=input_ids.device
+        )
+        keep = valid.to(torch.bool) & ~torch.isin(input_ids, gone)
         width = max(int(keep.sum(1).max()), 1)
         ids = input_ids.new_zeros(input_ids.shape[0], width)
         mask = torch.zeros_like(ids)
@@ -125,20 +217,40 @@ class Family:
                 mask[row, -text.numel() :] = 1
         return ids, mask
 
+    # -------------------------------------------------------------------------------------------------- pruning
+
+    def shadows(self, running: Callable[[], Request | None]) -> Iterable[Shadow]:
+        """Methods to replace on the instance while a session is attached: (owner, name, wrapper).
+
+        The wrapper receives the original method and its arguments; ``running()`` is the request in flight.
+        """
+        return ()
+
+    def prune_inputs(self, stage: PruneStage, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Decoder arguments after tokens left before layer 0, beyond embeddings, positions and masks."""
+        return kwargs
+
     # --------------------------------------------------------------------------------------------------- pixels
 
-    def geometry(self, image_processor: Any, size: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
-        """How an original picture of ``size`` (width, height) lies under the visual grid."""
-        return fixed_canvas(image_processor, size, grid)
+    def geometry(self, image_processor: Any, size: tuple[int, int], layout: Layout) -> list[ImageGeometry]:
+        """How an original picture of ``size`` (width, height) lies under each view of its layout."""
+        return [fixed_canvas(image_processor, size, grid) for grid in layout.views]
 
-    def encode(self, arguments: Mapping[str, Any]) -> Any:
-        """Image features of explicit arguments of ``get_image_features``, as the model's forward expects them."""
-        return self.base.get_image_features(**{**arguments, "return_dict": True})  # type: ignore[operator]
+    def encode(self, media: Media, pixels: Tensor) -> Any:
+        """Features of other pixels, everything else as in ``media``."""
+        arguments = {**media.arguments, self.pixel_argument(media): pixels, "return_dict": True}
+        return self.features(media.kind)(**arguments)
 
-    def bind_image_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a ``get_image_features`` call by name."""
-        kind: Any = type(self.base)
-        signature = inspect.signature(kind.get_image_features)
+    def pixel_argument(self, media: Media) -> str:
+        """Name of the argument that holds the pixels."""
+        name = next((n for n in media.arguments if n.startswith("pixel_values")), None)
+        if name is None:
+            raise ValueError("finished features have no pixels: pass pixel_values to the model instead")
+        return name
+
+    def bind(self, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of a feature call by name."""
+        signature = inspect.signature(getattr(type(self.base), f"get_{kind}_features"))
         bound = signature.bind(self.base, *args, **kwargs)
         out = dict(bound.arguments)
         out.pop("self", None)
@@ -146,18 +258,75 @@ class Family:
         out.update(out.pop(extra, {}) if extra else {})
         return out
 
-    def image_count(self, output: Any) -> int:
-        """Number of images in encoder output."""
-        return len(output.pooler_output)
-
     def repeat_features(self, output: Any, per_row: list[int], times: int) -> Any:
-        """Image features for ``times`` adjacent copies of every row (``per_row`` images each)."""
+        """Features for ``times`` adjacent copies of every row (``per_row`` visual tokens each).
+
+        Feature functions return a list or a tensor; models flatten either before they lay the features into the
+        sequence, so flat features serve all of them.
+        """
         if times == 1:
             return output
-        features, repeated, start = list(output.pooler_output), [], 0
-        for count in per_row:
-            repeated += features[start : start + count] * times
-            start += count
+
+        def repeat(features: Any) -> Any:
+            flat = features if isinstance(features, Tensor) else torch.cat([f.flatten(0, -2) for f in features])
+            parts = flat.flatten(0, -2).split(per_row)
+            joined = torch.cat([part for part in parts for _ in range(times)])
+            return joined if isinstance(features, Tensor) else [joined]
+
         copy = type(output)(**dict(output))
-        copy.pooler_output = repeated
+        copy.pooler_output = repeat(output.pooler_output)
+        if getattr(output, "deepstack_features", None) is not None:
+            copy.deepstack_features = [repeat(depth) for depth in output.deepstack_features]
         return copy
+
+
+class SquareGrid(Family):
+    """Families whose pictures give one square grid each, row by row."""
+
+    def layout(self, length: int) -> Layout:
+        """The square grid; none where the count is no square (a class token among them)."""
+        side = math.isqrt(length)
+        return Layout.of_views((side, side)) if side * side == length else Layout.without_grid(length)
+
+
+def assign(kinds: Tensor, layouts: list[list[Layout]]) -> list[list[Layout]]:
+    """Deals the layouts of a batch out to its rows.
+
+    Args:
+        kinds: int64 ``[B, N]``, kind of the placeholder at each slot, -1 elsewhere.
+        layouts: per kind, the layouts of the batch in order. Rows may be repeated (beams, several return
+            sequences): then every layout serves ``times`` adjacent rows.
+    """
+    expected = sum(len(lay) for kind in layouts for lay in kind)
+    slots = int((kinds >= 0).sum())
+    times = slots // expected if expected and slots % expected == 0 else 1
+    if slots != expected * times or kinds.shape[0] % times:
+        raise ValueError(
+            f"the prompt has {slots} image placeholders but its images give {expected} visual tokens: build the "
+            "inputs with the processor that belongs to the model, one image per placeholder"
+        )
+    waiting = [iter(kind) for kind in layouts]
+    rows: list[list[Layout]] = []
+    for row in range(0, kinds.shape[0], times):
+        present = kinds[row][kinds[row] >= 0].tolist()
+        mine: list[Layout] = []
+        start = 0
+        while start < len(present):
+            lay = next(waiting[present[start]], None)
+            end = start + (len(lay) if lay is not None else 0)
+            if lay is None or end > len(present) or set(present[start:end]) != {present[start]}:
+                raise ValueError(
+                    f"the image placeholders of sample {row} do not match its images: build the inputs with the "
+                    "processor that belongs to the model, one image per placeholder"
+                )
+            mine.append(lay)
+            start = end
+        rows += [mine] * times
+    return rows
+
+
+def _first(owner: Any, names: Sequence[str]) -> Any:
+    return next((part for name in names if (part := getattr(owner, name, None)) is not None), None)
+
+
+__all__ = ["KINDS", "Family", "Grid", "Layout", "Media", "Shadow", "SquareGrid", "assign"]

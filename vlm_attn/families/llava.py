@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from ..errors import AttachError
-from .base import Family, Grid
+from ..tokens import Layout
+from .base import Media, SquareGrid
 
 
-class Llava(Family):
-    """``LlavaForConditionalGeneration``: a fixed-size encoder, one run of visual tokens per image."""
+class Llava(SquareGrid):
+    """A fixed-size encoder, one run of visual tokens per image; the class token may be among them."""
 
-    name = "llava"
-    model_types = ("llava",)
+    def layouts(self, media: Media) -> list[Layout]:
+        """The patch grid, checked against the tower."""
+        side = self._side()
+        strategy = getattr(self.model.config, "vision_feature_select_strategy", "default")
+        expected = side * side + (strategy == "full")
+        for length in media.lengths:
+            if length != expected:
+                raise ValueError(f"{self._who()}: a picture gave {length} visual tokens instead of {expected}")
+        return super().layouts(media)
 
     def _side(self) -> int:
         vision = self.model.config.vision_config
@@ -20,12 +26,3 @@ class Llava(Family):
         if not isinstance(size, int) or not isinstance(patch, int):
             raise AttachError(f"{self._who()}: its vision tower has no fixed square grid (image_size / patch_size)")
         return size // patch
-
-    def tokens_per_image(self, input_ids: Tensor) -> int | None:
-        """Patches of the tower, plus the class token when the feature strategy keeps it."""
-        return self._side() ** 2 + (self.model.config.vision_feature_select_strategy == "full")
-
-    def image_grid(self, length: int, features: object) -> Grid:
-        """The square patch grid; none when the class token is among the visual tokens."""
-        side = self._side()
-        return (side, side) if length == side * side else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UnsupportedError
 from ..stages import Probe
+from ..tokens import Layout
 from .recorder import Recorder
 
 if TYPE_CHECKING:
@@ -34,50 +35,60 @@ class ModelProbe:
     def __init__(self, vlm: VLM, session: Session):
         self.vlm, self.session = vlm, session
         self.layers = session.info.layers
-
-    def _grid(self, tokens: Any) -> tuple[int, int]:
-        grid = tokens.grids[0][0] if tokens.images(0) else None
-        if grid is None:
-            raise UnsupportedError("this model's visual tokens have no grid, so there is no map on the picture")
-        return grid
+        self._layout: Layout | None = None
 
     def maps(self, image: Image.Image, text: str, *, layers: Sequence[int], steps: int) -> np.ndarray:
-        """Head-mean attention of the newest row on the picture, float32 ``[steps, layers, rows, columns]``."""
+        """Head-mean attention of the newest row on the picture's visual tokens, float32 ``[steps, layers, n]``."""
         for layer in layers:
             if not 0 <= layer < self.layers:
                 raise ValueError(f"layer {layer} does not exist; the model has layers 0..{self.layers - 1}")
         inputs = self.vlm.inputs([image], text)
-        tokens = self.session.family.token_map(inputs["input_ids"], inputs.get("attention_mask"))
-        grid = self._grid(tokens)
         recorder = Recorder(layers)
         with self.session.suspended(), self.session.recording(recorder):
             self.vlm.model.generate(**inputs, max_new_tokens=steps, do_sample=False)
+        tokens = self.session.family.token_map(
+            inputs["input_ids"], inputs.get("attention_mask"), list(recorder.media.values())
+        )
+        self._layout = tokens.layouts[0][0]
         slots = (tokens.vis[0] & (tokens.img_id[0] == 0)).nonzero()[:, 0]
-        rows = recorder.on(slots)
-        return rows.reshape(rows.shape[0], rows.shape[1], *grid).cpu().numpy()
+        return recorder.on(slots).cpu().numpy()
 
-    def to_pixels(self, grid_map: np.ndarray, image: Image.Image, *, stretch: bool = False) -> np.ndarray:
-        """A grid map in original pixels, float32 ``(H, W)``."""
+    def to_pixels(self, values: np.ndarray, image: Image.Image, *, stretch: bool = False) -> np.ndarray:
+        """Values of the visual tokens of the picture asked about last, ``[n]``, in original pixels ``(H, W)``.
+
+        Where several views show a pixel (whole picture and tile), it gets their mean.
+        """
+        if self._layout is None:
+            raise ValueError("no picture was asked about yet: call maps() first")
+        return self._project(values, image, self._layout, stretch)
+
+    def _project(self, values: np.ndarray, image: Image.Image, layout: Layout, stretch: bool = False) -> np.ndarray:
+        if not layout.views or layout.video:
+            raise UnsupportedError("this model's visual tokens have no grid, so there is no map on the picture")
         processor = getattr(self.vlm.processor, "image_processor", self.vlm.processor)
-        rows, columns = grid_map.shape
-        geometry = self.session.family.geometry(processor, image.size, (rows, columns))
-        return geometry.to_pixels(grid_map, stretch=stretch)
+        total = np.zeros((image.height, image.width), dtype=np.float32)
+        seen = np.zeros_like(total)
+        view, cell = layout.view.numpy(), layout.cell.numpy()
+        for number, box in enumerate(self.session.family.geometry(processor, image.size, layout)):
+            grid = np.zeros(box.grid, dtype=np.float32)
+            grid[tuple(cell[view == number].T)] = values[view == number]
+            total += box.to_pixels(grid, stretch=stretch)
+            seen += box.to_pixels(np.ones(box.grid, dtype=np.float32), stretch=stretch)
+        return total / np.maximum(seen, 1.0)
 
     def kept(self, image: Image.Image, text: str) -> np.ndarray:
         """1 where the pipeline keeps a visual token after its last stage, 0 where it drops it, ``(H, W)``."""
-        answer = self.vlm.ask(image, text, max_new_tokens=1)
-        grid = answer.stats["grid"][0]
-        if grid is None:
-            raise UnsupportedError("this model's visual tokens have no grid, so there is no map on the picture")
-        cells = answer.stats["kept_cells"]
-        mask = np.full(grid, 1.0 if cells is None else 0.0, dtype=np.float32)
-        for row, column in cells[0] if cells else []:
-            mask[row, column] = 1.0
-        return (self.to_pixels(mask, image) >= 0.5).astype(np.float32)
+        self.vlm.ask(image, text, max_new_tokens=1)
+        request = self.session.last
+        layout = request.tokens.layouts[0][0]
+        left = request.tokens_at(self.layers - 1)
+        values = np.zeros(len(layout), dtype=np.float32)
+        values[left.order[0][left.vis[0] & (left.img_id[0] == 0)].cpu().numpy()] = 1.0
+        return (self._project(values, image, layout) >= 0.5).astype(np.float32)
 
 
 def attention_map(probe: Probe, image: Image.Image, text: str, *, layers: Sequence[int] | None = None) -> np.ndarray:
-    """Head-mean attention of the last prompt row, averaged over layers, float32 ``[rows, columns]``."""
+    """Head-mean attention of the last prompt row, averaged over layers, float32 ``[n]`` over visual tokens."""
     chosen = tuple(layers) if layers is not None else default_layers(probe.layers)
     return probe.maps(image, text, layers=chosen, steps=1)[0].mean(0)
 
@@ -103,7 +114,7 @@ def contrast_map(
         lam: lambda; lam_rel: adds ``lam_rel * mean(a^G)`` to it.
 
     Returns:
-        float32 ``[rows, columns]``.
+        float32 ``[n]`` over the picture's visual tokens.
     """
     if mode not in ("t_start", "t_end", "T_full"):
         raise ValueError(f"unknown time mode '{mode}': choose 't_start', 't_end' or 'T_full'")
@@ -116,5 +127,5 @@ def contrast_map(
     total = np.zeros(question.shape[2:], dtype=np.float64)
     for t in used:
         base = neutral[t].astype(np.float64)
-        total += (t + 1) * (question[t] / (base + lam + lam_rel * base.mean((1, 2), keepdims=True))).sum(0)
+        total += (t + 1) * (question[t] / (base + lam + lam_rel * base.mean(1, keepdims=True))).sum(0)
     return total.astype(np.float32)

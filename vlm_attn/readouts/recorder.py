@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,14 @@ class Recorder:
         layers: decoder layers to read.
         query_rows: query rows ``[R]`` to average instead of the newest one (single forwards only).
         rows: per layer, a list over forwards of fp32 ``[B, N]`` weights on all keys of that forward.
+        media: features that the model computed meanwhile, by kind.
     """
 
     def __init__(self, layers: Iterable[int], rows: Tensor | None = None):
         self.layers = frozenset(layers)
         self.query_rows = rows
         self.rows: dict[int, list[Tensor]] = {layer: [] for layer in sorted(self.layers)}
+        self.media: dict[str, Any] = {}
 
     def take(self, layer: int, call: Call) -> None:
         """Called by the engine after each attention call of a recorded layer."""
