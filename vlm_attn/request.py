@@ -33,23 +33,6 @@ class PruneStage:
 
 
 @dataclass
-class Prompt:
-    """A prompt on its way to the decoder: what the model was called with."""
-
-    ids: Any
-    mask: Any
-    kwargs: dict[str, Any] = field(repr=False)
-
-    def repeated(self, batch: int) -> tuple[Tensor, Tensor | None]:
-        """Ids and 2-D mask of ``batch`` rows; beams and several return sequences repeat every row."""
-        times = batch // max(len(self.ids), 1)
-        mask = self.mask if isinstance(self.mask, Tensor) and self.mask.dim() == 2 else None
-        if times <= 1:
-            return self.ids, mask
-        return self.ids.repeat_interleave(times, 0), None if mask is None else mask.repeat_interleave(times, 0)
-
-
-@dataclass
 class Request:
     """Per-request state of one session."""
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -21,16 +20,18 @@ from torch import Tensor, nn
 from . import probe, profiles, pruning
 from .attention import interface
 from .attention.plans import Call, with_bias
+from .capture import Capture, brings_media, by_name
 from .contrast import ContrastProcessor
 from .edits import Edits
 from .errors import AttachError, UnsupportedError
-from .families import Media, resolve
+from .families import resolve
 from .families.base import KINDS
 from .guards import check_generate
+from .installation import Installation
 from .profiles import Profile
 from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
-from .request import Prompt, Request
+from .request import Request
 from .stages import Contrast, Method, Prune, PruneView, Refine, Site
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -85,12 +86,10 @@ class Session:
         self.refined = False
         self.recorder: Recorder | None = None
         self._suspended = 0
-        self._capture: dict[int, Tensor] | None = None
-        self._prompt: Prompt | None = None
-        self._generating = False
-        self._media: dict[str, Media] = {}
+        self._heads: dict[int, Tensor] | None = None
+        self.capture = Capture(self.family)
         self._lm_start: float | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._installed = Installation()
         self.attached = False
         self._install()
 
@@ -103,73 +102,43 @@ class Session:
                     "a session is attached to this model already: detach it first (session.detach(), vlm.close() or "
                     "vlm.set_method(...)), or attach both methods as one list"
                 )
-            lm = self.family.lm
-            self.backend: str = lm.config._attn_implementation
-            name = interface.register(self.backend)
+            self.backend: str = self.family.lm.config._attn_implementation
             try:
-                _ATTACHED.add(self.model)
-                self._undo.append(functools.partial(_ATTACHED.discard, self.model))
-                self._switch(name)
-                for number, layer in enumerate(self.family.layers):
-                    self._pre_hook(layer, functools.partial(self._before_layer, number))
-                for number, attention in self.family.attentions():
-                    interface.connect(attention, self)
-                    self._undo.append(functools.partial(interface.disconnect, attention))
-                    output = self.family.output_projection(attention)
-                    self._pre_hook(output, functools.partial(self._before_o_proj, number))
-                self._pre_hook(self.model, self._before_model)
-                self._pre_hook(self.family.base, self._before_base)
-                self._pre_hook(lm, self._before_lm)
-                self._undo.append(lm.register_forward_hook(self._after_lm, with_kwargs=True).remove)
-                for kind in KINDS:
-                    if self.family.features(kind) is not None:
-                        features = functools.partial(self._get_features, kind)
-                        self._shadow(self.family.base, f"get_{kind}_features", features)
-                for owner, attribute, wrapper in self.family.shadows(lambda: self._running):
-                    self._shadow(owner, attribute, wrapper)
-                self._shadow(self.model, "generate", self._generate)
+                self._install_on(self._installed)
                 probe.check(self)
                 self.attached = True
             except BaseException:
                 self.detach()
                 raise
 
-    def _switch(self, name: str) -> None:
-        lm, before = self.family.lm, self.backend
-        self._undo.append(lambda: setattr(lm.config, "_attn_implementation", before))
-        lm.set_attn_implementation(name)
-        for number, attention in self.family.attentions():
-            if getattr(getattr(attention, "config", None), "_attn_implementation", None) != name:
-                raise AttachError(
-                    f"{type(self.model).__name__}: the attention of decoder layer {number} did not accept the "
-                    "attention function; load the model unmodified"
-                )
-
-    def _pre_hook(self, module: Any, hook: Callable[..., Any]) -> None:
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-    def _shadow(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Shadows a method on the instance; the signature stays visible because ``generate`` inspects it."""
-        original = getattr(owner, name)
-        had = owner.__dict__.get(name)
-        owner.__dict__[name] = functools.wraps(original)(functools.partial(wrapper, original))
-
-        def undo() -> None:
-            if had is None:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = had
-
-        self._undo.append(undo)
+    def _install_on(self, installed: Installation) -> None:
+        family = self.family
+        _ATTACHED.add(self.model)
+        installed.add(functools.partial(_ATTACHED.discard, self.model))
+        installed.attention(family, self.backend, self)
+        for number, layer in enumerate(family.layers):
+            installed.pre_hook(layer, functools.partial(self._before_layer, number))
+        for number, attention in family.attentions():
+            installed.pre_hook(family.output_projection(attention), functools.partial(self._before_o_proj, number))
+        installed.pre_hook(self.model, self._before_model)
+        installed.pre_hook(family.base, self._before_base)
+        installed.pre_hook(family.lm, self._before_lm)
+        installed.hook(family.lm, self._after_lm)
+        for kind in KINDS:
+            if family.features(kind) is not None:
+                features = functools.partial(self._get_features, kind)
+                installed.shadow(family.base, f"get_{kind}_features", features)
+        for owner, name, wrapper in family.shadows(lambda: self._running):
+            installed.shadow(owner, name, wrapper)
+        installed.shadow(self.model, "generate", self._generate)
 
     def detach(self) -> None:
         """Takes everything back; calling it again does nothing."""
         with lock_of(self.model):
-            while self._undo:
-                self._undo.pop()()
+            self._installed.undo()
             self.attached = False
-            self._suspended, self.recorder, self._capture = 0, None, None
-            self._prompt, self._media = None, {}
+            self._suspended, self.recorder, self._heads = 0, None, None
+            self.capture.clear()
             if self.request is not None:
                 self.request.prompt_kwargs, self.request.media = {}, {}
 
@@ -221,50 +190,33 @@ class Session:
             if self.contrast is not None and self.contrast.active:
                 branch = ContrastProcessor(self, self.contrast)
                 kwargs["logits_processor"] = [branch, *(kwargs.get("logits_processor") or [])]
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._prompt, self._media, self._generating = Prompt(ids, kwargs.get("attention_mask"), kwargs), {}, True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._generating = False
+            return self.capture.generate(original, args, kwargs)
 
     def _get_features(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        store = self._media if not self._suspended else self.recorder.media if self.recorder is not None else None
-        start = time.perf_counter()
-        out = original(*args, **kwargs)
-        if store is not None and hasattr(out, "pooler_output"):
-            store[kind] = Media(kind, self.family.bind(kind, args, kwargs), out, time.perf_counter() - start)
-        return out
+        store = self.recorder.media if self.recorder is not None else None
+        if not self._suspended:
+            store = self.capture.media
+        return self.capture.features(kind, store, original, args, kwargs)
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._suspended:
             return
-        bound = _by_name(type(module).forward, module, args, kwargs)
+        bound = by_name(module, args, kwargs)
         if bound.get("labels") is not None and self.sites:
             raise UnsupportedError(
                 "labels cannot be used while tokens are pruned: the logits are shorter than the labels"
             )
         if self._is_prefill(bound.get("past_key_values")):
-            self._prompt = Prompt(bound.get("input_ids"), bound.get("attention_mask"), bound)
-            if bound.get("mm_encoder_outputs") is None and not self._generating:
-                self._media = {}
+            self.capture.model_prompt(bound)
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._suspended:
             return
-        bound = _by_name(type(module).forward, module, args, kwargs)
-        encoded = bound.get("mm_encoder_outputs") or {}
-        if not self._is_prefill(bound.get("past_key_values")):
-            pixels = any(bound.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-            if self._acts() and (pixels or any(value is not None for value in encoded.values())):
-                raise UnsupportedError("a later turn brings a new image: send the whole conversation as one prompt")
-            return
-        for kind in KINDS:
-            output, ours = encoded.get(kind), self._media.get(kind)
-            if output is not None and (ours is None or ours.output is not output):
-                self._media[kind] = Media(kind, {}, output)  # finished features of the caller
-        whole = self._prompt.kwargs if self._prompt is not None else bound
-        self._prompt = Prompt(bound.get("input_ids"), bound.get("attention_mask"), whole)
+        bound = by_name(module, args, kwargs)
+        if self._is_prefill(bound.get("past_key_values")):
+            self.capture.base_prompt(bound)
+        elif self._acts() and brings_media(bound):
+            raise UnsupportedError("a later turn brings a new image: send the whole conversation as one prompt")
 
     def _acts(self) -> bool:
         """Whether some method changes the decoder's forward pass."""
@@ -275,8 +227,7 @@ class Session:
 
     def _begin(self, kwargs: dict[str, Any]) -> Request | None:
         """The request whose prompt enters the decoder now; None when nothing is known about it and nothing acts."""
-        prompt, self._prompt = self._prompt, None
-        media, self._media = self._media, {}
+        prompt, media = self.capture.take()
         rows = kwargs.get("inputs_embeds")
         rows = kwargs.get("input_ids") if rows is None else rows
         if prompt is None or prompt.ids is None or rows is None:
@@ -306,13 +257,13 @@ class Session:
         text_ids, text_mask = self.family.text_only(ids, mask)
         positions = (text_mask.cumsum(1) - 1).clamp(min=0)
         embeds = self.model.get_input_embeddings()(text_ids)
-        self._capture = {}
+        self._heads = {}
         try:
             with self.suspended(), torch.no_grad():
                 self.family.lm(inputs_embeds=embeds, attention_mask=text_mask, position_ids=positions, use_cache=False)
-            self.request.text_last = {n: self._capture[n] for n in layers}
+            self.request.text_last = {n: self._heads[n] for n in layers}
         finally:
-            self._capture = None
+            self._heads = None
         self.request.times["text_stream_s"] = time.perf_counter() - start
 
     # -------------------------------------------------------------------------------------------- decoder hooks
@@ -478,21 +429,13 @@ class Session:
 
     def _before_o_proj(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x: Tensor = args[0]
-        if self._capture is not None:
-            self._capture[number] = x[:, -1].reshape(x.shape[0], self.info.heads, -1)
+        if self._heads is not None:
+            self._heads[number] = x[:, -1].reshape(x.shape[0], self.info.heads, -1)
             return None
         if self._suspended or self._running is None:
             return None
         scaled = self.edits.scale_heads(number, x, self._running)
         return None if scaled is x else ((scaled, *args[1:]), kwargs)
-
-
-def _by_name(forward: Callable[..., Any], owner: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a forward call by name."""
-    if not args:
-        return dict(kwargs)
-    names = [n for n in inspect.signature(inspect.unwrap(forward)).parameters if n != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 __all__ = ["Session", "attach", "lock_of"]
