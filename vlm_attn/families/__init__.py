@@ -16,11 +16,28 @@ from transformers import PreTrainedModel
 
 from ..errors import AttachError
 from .base import Family, Media
+from .blip import Blip
+from .deepseek import DeepseekVL
+from .gemma import Gemma3
+from .lfm2 import Lfm2VL
 from .llava import Llava
+from .ovis2 import Ovis2
+from .pixtral import Mistral3
 
 # transformers' model_type -> adapter.
 ADAPTERS: dict[str, type[Family]] = {
     "llava": Llava,
+    "paligemma": Llava,
+    "gemma3": Gemma3,
+    "mistral3": Mistral3,
+    "instructblip": Blip,
+    "blip-2": Blip,
+    "aria": Family,
+    "ovis2": Ovis2,
+    "deepseek_vl": DeepseekVL,
+    "deepseek_vl_hybrid": DeepseekVL,
+    "janus": DeepseekVL,
+    "lfm2_vl": Lfm2VL,
 }
 
 # Vision-language models that cannot be served, and why.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,12 +37,15 @@ class Media:
         arguments: what went in, by name; empty where the caller brought finished features.
         output: what came out (``pooler_output`` holds the features).
         seconds: how long it took.
+        prompt: int64 ``[B, N]``, the tokens that the features belong to (every prompt once, padding -1); for families
+            that tell only in words which tiles make up a picture. Filled in when the roles of the tokens are asked.
     """
 
     kind: str
     arguments: Mapping[str, Any]
     output: Any
     seconds: float = 0.0
+    prompt: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -73,7 +76,7 @@ class Family:
         self.model = model
         self.name = str(model.config.model_type)
         self.base: nn.Module = model.base_model
-        self.lm: Any = self._need(model.get_decoder(), "a decoder (get_decoder())")
+        self.lm: Any = self._need(self._decoder(), "a decoder (get_decoder())")
         self.layers: nn.ModuleList = self._need(getattr(self.lm, "layers", None), "decoder layers (decoder.layers)")
         self.head: Any = self._need(model.get_output_embeddings(), "an output head (get_output_embeddings())")
         self.text_config: Any = model.config.get_text_config()
@@ -81,6 +84,11 @@ class Family:
         self._need(self.features("image"), "get_image_features() on its base model")
         self._attentions = [self._attention(number, layer) for number, layer in enumerate(self.layers)]
         self._need(next(iter(self.attentions()), None), "a decoder layer with attention")
+
+    def _decoder(self) -> Any:
+        """The stack of decoder layers; some models answer with a language model that wraps it."""
+        decoder: Any = self.model.get_decoder()
+        return decoder if decoder is None or hasattr(decoder, "layers") else decoder.get_decoder()
 
     def _who(self) -> str:
         return f"{type(self.model).__name__} (family {self.name})"
@@ -195,18 +203,19 @@ class Family:
         for number, kind in enumerate(KINDS):
             if kind in self.placeholders:
                 kinds[(input_ids == self.placeholders[kind]) & valid] = number
-        found = {m.kind: self.layouts(m) for m in media}
+        found = {}
+        for m in media:
+            slots = int(((input_ids == self.placeholders.get(m.kind)) & valid).sum())
+            times = max(slots // max(sum(m.lengths), 1), 1)
+            found[m.kind] = self.layouts(replace(m, prompt=input_ids.masked_fill(~valid, -1)[::times]))
         rows = assign(kinds, [found.get(kind, []) for kind in KINDS])
         return build_token_map(kinds >= 0, valid, rows)
 
     def text_only(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The prompt without its pictures: left-padded ids [B, n] and mask [B, n]."""
         valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        framing = [getattr(self.model.config, name, None) for name in self.structure]
-        gone = torch.tensor(
-            [*self.placeholders.values(), *(i for i in framing if isinstance(i, int))], device=input_ids.device
-        )
-        keep = valid.to(torch.bool) & ~torch.isin(input_ids, gone)
+        gone = torch.tensor(list(self.placeholders.values()), device=input_ids.device)
+        keep = valid.to(torch.bool) & ~torch.isin(input_ids, gone) & ~self.framing(input_ids)
         width = max(int(keep.sum(1).max()), 1)
         ids = input_ids.new_zeros(input_ids.shape[0], width)
         mask = torch.zeros_like(ids)
@@ -216,6 +225,14 @@ class Family:
                 ids[row, -text.numel() :] = text
                 mask[row, -text.numel() :] = 1
         return ids, mask
+
+    def framing(self, input_ids: Tensor) -> Tensor:
+        """bool ``[B, N]``: start tokens, end tokens and separators, which leave with the picture."""
+        ids: list[int] = []
+        for name in self.structure:
+            value = getattr(self.model.config, name, None)
+            ids += [value] if isinstance(value, int) else value or []
+        return torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=input_ids.device))
 
     # -------------------------------------------------------------------------------------------------- pruning
 
