@@ -88,6 +88,27 @@ def _side(size: Any, *names: str) -> int | None:
     return None
 
 
+def tile_of(
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    tiles: tuple[int, int] = (1, 1),
+    at: tuple[int, int] = (0, 0),
+) -> ImageGeometry:
+    """One tile of a picture that was stretched over ``tiles`` of equal size (by default the whole picture).
+
+    Lengths on the canvas are counted in cells, which leaves boxes on the original as they are.
+
+    Args:
+        size: original (width, height).
+        grid: (rows, columns) of the tile's cells.
+        tiles: (rows, columns) of tiles.
+        at: (row, column) of this tile.
+    """
+    rows, columns = grid
+    scale = (tiles[1] * columns / size[0], tiles[0] * rows / size[1])
+    return ImageGeometry(size, (columns, rows), grid, scale, (-float(at[1] * columns), -float(at[0] * rows)))
+
+
 def fixed_canvas(image_processor: Any, size: tuple[int, int], grid: tuple[int, int]) -> ImageGeometry:
     """Geometry of processors with one fixed canvas: pad to square, shortest-edge resize + centre crop, or stretch.
 

@@ -76,14 +76,14 @@ class Gemma3(Specimen):
     name = "gemma3"
 
     def config(self, **changes: Any) -> Any:
-        """SigLIP tower of 4 x 4 patches, pooled to 2 x 2."""
+        """SigLIP tower of 8 x 8 patches, pooled to 4 x 4."""
         from transformers import Gemma3Config, Gemma3TextConfig
 
         layers = ["sliding_attention", "full_attention"] * 2
         text = text_config(**{"layer_types": layers, "sliding_window": 512, "query_pre_attn_scalar": 8, **changes})
         return Gemma3Config(
-            text_config=Gemma3TextConfig(**text), vision_config=siglip(), image_token_id=IMAGE_ID,
-            boi_token_index=START, eoi_token_index=END, mm_tokens_per_image=4,
+            text_config=Gemma3TextConfig(**text), vision_config=siglip(patch_size=7), image_token_id=IMAGE_ID,
+            boi_token_index=START, eoi_token_index=END, mm_tokens_per_image=16,
         )  # fmt: skip
 
     def model_class(self) -> type:
@@ -97,7 +97,7 @@ class Gemma3(Specimen):
         from transformers import Gemma3ImageProcessorPil, Gemma3Processor
 
         images = Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
-        return Gemma3Processor(image_processor=images, tokenizer=named_tokenizer(), image_seq_length=4)
+        return Gemma3Processor(image_processor=images, tokenizer=named_tokenizer(), image_seq_length=16)
 
     def prompt(self, sample: Sample) -> str:
         """The start-of-image token at every picture."""
