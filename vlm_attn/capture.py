@@ -59,6 +59,7 @@ class Capture:
         self.clear()
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         self.prompt, self._generating = Prompt(ids, kwargs.get("attention_mask"), kwargs), True
+        self.media = self.family.announced(kwargs)
         try:
             return original(*args, **kwargs)
         finally:

@@ -29,6 +29,7 @@ class ContrastProcessor(LogitsProcessor):
     def __init__(self, session: Session, method: Contrast):
         self.session, self.method = session, method
         self.cache: Any = None
+        self.encoded: dict[str, Any] = {}
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
         self.length = 0
@@ -46,8 +47,9 @@ class ContrastProcessor(LogitsProcessor):
 
     def _prefill(self, input_ids: Tensor) -> Tensor:
         session, request = self.session, self.session.last
-        family, kwargs = session.family, {k: v for k, v in request.prompt_kwargs.items() if k not in _OWN}
-        encoded = {}
+        family = session.family
+        kwargs = {k: v for k, v in family.prompt_arguments(request.prompt_kwargs).items() if k not in _OWN}
+        encoded = self.encoded
         for kind, media in request.media.items():
             if not media.arguments:
                 raise UnsupportedError(
@@ -86,7 +88,8 @@ class ContrastProcessor(LogitsProcessor):
         )
 
     def _forward(self, kwargs: dict[str, Any]) -> Tensor:
+        arguments = self.session.family.branch_arguments(kwargs, self.encoded)
         out = self.session.model(
-            **kwargs, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True
+            **arguments, past_key_values=self.cache, use_cache=True, logits_to_keep=1, return_dict=True
         )
         return out.logits[:, -1]

@@ -329,7 +329,7 @@ class Session:
 
     def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = self._running
-        if self._suspended or request is None:
+        if self._suspended or request is None or self.family.attention(number) is None:
             return None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")

@@ -247,6 +247,20 @@ class Family:
         """Decoder arguments after tokens left before layer 0, beyond embeddings, positions and masks."""
         return kwargs
 
+    # ----------------------------------------------------------------------------------------- arguments of calls
+
+    def announced(self, kwargs: Mapping[str, Any]) -> dict[str, Media]:
+        """Media in the arguments of ``generate``, for models whose ``generate`` never calls the feature function."""
+        return {}
+
+    def prompt_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the forward pass that runs the prompt, from what the model was called with."""
+        return dict(kwargs)
+
+    def branch_arguments(self, kwargs: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of one forward pass of a second branch whose pictures were ``encoded`` (by kind) before."""
+        return dict(kwargs)
+
     # --------------------------------------------------------------------------------------------------- pixels
 
     def geometry(self, image_processor: Any, size: tuple[int, int], layout: Layout) -> list[ImageGeometry]:
