@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,14 +13,26 @@ from .stages import EditView, HeadScale, KeyBias, Method, ModelInfo, SegmentEdit
 
 
 class Edits:
-    """The Edit methods of one pipeline. Holds no request state: that is passed in and kept there."""
+    """The Edit methods of one pipeline. Holds no request state: that is passed in and kept there.
 
-    def __init__(self, methods: Sequence[Method], info: ModelInfo):
+    Raises:
+        ValueError: none of a method's layers has attention (models that mix tokens by convolution in between).
+    """
+
+    def __init__(self, methods: Sequence[Method], info: ModelInfo, attention: Collection[int]):
         self.heads = info.heads
         self.segments = [(i, m) for i, m in enumerate(methods) if isinstance(m, SegmentEdit)]
         self.biases = [(i, m) for i, m in enumerate(methods) if isinstance(m, KeyBias)]
         self.scales = [(i, m) for i, m in enumerate(methods) if isinstance(m, HeadScale)]
-        self.layers = {i: m.edit_layers(info) for i, m in [*self.segments, *self.biases, *self.scales]}
+        self.layers: dict[int, frozenset[int]] = {}
+        for i, m in [*self.segments, *self.biases, *self.scales]:
+            wanted = m.edit_layers(info)
+            self.layers[i] = frozenset(wanted).intersection(attention)
+            if wanted and not self.layers[i]:
+                raise ValueError(
+                    f"{m.name}: none of its layers {sorted(wanted)} has attention in {info.family}; choose among "
+                    f"{sorted(attention)}"
+                )
 
     @property
     def text_stream_layers(self) -> frozenset[int]:

@@ -79,7 +79,7 @@ class Session:
         self.prune = next((m for m in self.methods if isinstance(m, Prune)), None)
         self.refine = next((m for m in self.methods if isinstance(m, Refine)), None)
         self.contrast = next((m for m in self.methods if isinstance(m, Contrast)), None)
-        self.edits = Edits(self.methods, self.info)
+        self.edits = Edits(self.methods, self.info, [n for n, _ in self.family.attentions()])
         self.sites: dict[int, Site] = {s.layer: s for s in self.prune.sites()} if self.prune else {}
         self.request: Request | None = None
         self.image_sizes: list[list[tuple[int, int]]] | None = None
@@ -255,12 +255,10 @@ class Session:
             return
         start = time.perf_counter()
         text_ids, text_mask = self.family.text_only(ids, mask)
-        positions = (text_mask.cumsum(1) - 1).clamp(min=0)
-        embeds = self.model.get_input_embeddings()(text_ids)
         self._heads = {}
         try:
             with self.suspended(), torch.no_grad():
-                self.family.lm(inputs_embeds=embeds, attention_mask=text_mask, position_ids=positions, use_cache=False)
+                self.family.read_text(text_ids, text_mask)
             self.request.text_last = {n: self._heads[n] for n in layers}
         finally:
             self._heads = None
