@@ -117,7 +117,7 @@ def maxmin(features: Tensor, k: int, scores: Tensor | None = None, start: int | 
     elif scores is not None:
         first = scores.float().argmax(-1)
     else:
-        first = _isolation(z).argmax(-1)
+        first = _most_isolated(z)
     weight = torch.ones_like(z[..., 0]) if scores is None else scores.float()
     return _greedy(
         z, first, k, lambda row, token: (1 - (token @ row.transpose(-1, -2))[..., 0, :]).clamp(min=0), weight
@@ -151,22 +151,34 @@ def _greedy(x: Tensor, first: Tensor, k: int, distances: Callable[[Tensor, Tenso
     return torch.stack(chosen, -1).sort(-1).values
 
 
-def _isolation(z: Tensor) -> Tensor:
-    """Distance ``1 - cos`` of every unit row ``[..., N, d]`` to its nearest other row, in chunks."""
+def _most_isolated(z: Tensor) -> Tensor:
+    """Index ``[...]`` of the unit row of ``[..., N, d]`` that is farthest from its nearest other row.
+
+    Two tokens that are each other's nearest tie by construction; rounding must not choose, so the earlier one wins.
+    """
     n = z.shape[-2]
-    parts = []
+    if n == 1:
+        return torch.zeros(z.shape[:-2], dtype=torch.long, device=z.device)
+    similarity, neighbour = [], []
     for rows in torch.arange(n, device=z.device).split(1024):
-        similarity = z[..., rows, :] @ z.transpose(-1, -2)
-        similarity[..., torch.arange(rows.numel(), device=z.device), rows] = -torch.inf
-        parts.append(1 - similarity.amax(-1))
-    return torch.cat(parts, -1)
+        part = z[..., rows, :] @ z.transpose(-1, -2)
+        part[..., torch.arange(rows.numel(), device=z.device), rows] = -torch.inf
+        best = part.max(-1)
+        similarity.append(best.values)
+        neighbour.append(best.indices)
+    closest = torch.cat(neighbour, -1)
+    first = torch.cat(similarity, -1).argmin(-1, keepdim=True)
+    other = closest.gather(-1, first)
+    mutual = closest.gather(-1, other) == first
+    return torch.where(mutual, torch.minimum(first, other), first)[..., 0]
 
 
 def dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     """Fast greedy MAP of the determinantal point process ``K = diag(r) S diag(r)``, S = cosines (CDPruner).
 
     State ``d_i^2 = K_ii``; repeatedly ``j = argmax d^2``, ``e_i = (K_ji - c_j . c_i) / sqrt(d_j^2)``,
-    ``d^2 -= e^2``. Rows of K are formed as they are needed.
+    ``d^2 -= e^2``. Rows of K are formed as they are needed. A token whose gain has fallen to rounding noise (3e-6 of
+    its ``K_ii``) gains exactly 0 and changes no other gain; upstream divides by the root of the noise.
 
     Args:
         features: ``[..., N, d]``.
@@ -184,20 +196,22 @@ def dpp_gains(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tens
     r = relevance.float()
     n = z.shape[-2]
     steps = min(k, n)
-    gains = (r * r * z.pow(2).sum(-1)).clone()
+    diagonal = r * r * z.pow(2).sum(-1)
+    gains, taken = diagonal, torch.zeros_like(diagonal, dtype=torch.bool)
     basis = z.new_zeros((*r.shape[:-1], steps, n))
     chosen, values = [], []
     for step in range(steps):
-        best = gains.argmax(-1, keepdim=True)  # [..., 1]
+        best = gains.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)  # [..., 1]
         value = gains.gather(-1, best)
         at = best[..., None]
         token = z.gather(-2, at.expand(*best.shape, z.shape[-1]))
         row = r.gather(-1, best) * (token @ z.transpose(-1, -2))[..., 0, :] * r
         before = basis[..., :step, :]
         own = before.gather(-1, at.expand(*before.shape[:-1], 1))
-        e = (row - (own * before).sum(-2)) / value.clamp(min=1e-12).sqrt()
+        e = (row - (own * before).sum(-2)) / value.clamp(min=1e-12).sqrt() * (value > 0)
         basis[..., step, :] = e
-        gains = (gains - e * e).scatter(-1, best, -torch.inf)
+        left = gains - e * e
+        gains, taken = left * (left > 3e-6 * diagonal), taken.scatter(-1, best, True)
         chosen.append(best[..., 0])
         values.append(value[..., 0])
     return torch.stack(chosen, -1), torch.stack(values, -1)
