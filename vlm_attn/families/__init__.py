@@ -15,19 +15,36 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AttachError
-from .base import Family, Media
+from .anyres import LlavaNext, LlavaOneVision
+from .base import Family, Media, SquareGrid
 from .blip import Blip
 from .deepseek import DeepseekVL
 from .gemma import Gemma3
 from .lfm2 import Lfm2VL
-from .llava import Llava
+from .llava import Llava, VideoLlava
 from .ovis2 import Ovis2
+from .paligemma import PaliGemma
 from .pixtral import Mistral3
+from .tiled import AyaVision, Cohere2Vision, Idefics2, Idefics3, PerceptionLM, Tiled
 
 # transformers' model_type -> adapter.
 ADAPTERS: dict[str, type[Family]] = {
     "llava": Llava,
-    "paligemma": Llava,
+    "vipllava": Llava,
+    "video_llava": VideoLlava,
+    "fast_vlm": SquareGrid,
+    "llava_next": LlavaNext,
+    "llava_next_video": LlavaNext,
+    "llava_onevision": LlavaOneVision,
+    "internvl": Tiled,
+    "got_ocr2": Tiled,
+    "cohere2_vision": Cohere2Vision,
+    "aya_vision": AyaVision,
+    "idefics3": Idefics3,
+    "smolvlm": Idefics3,
+    "idefics2": Idefics2,
+    "perception_lm": PerceptionLM,
+    "paligemma": PaliGemma,
     "gemma3": Gemma3,
     "mistral3": Mistral3,
     "instructblip": Blip,

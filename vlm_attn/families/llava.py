@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 from ..errors import AttachError
 from ..tokens import Layout
 from .base import Media, SquareGrid
@@ -26,3 +29,18 @@ class Llava(SquareGrid):
         if not isinstance(size, int) or not isinstance(patch, int):
             raise AttachError(f"{self._who()}: its vision tower has no fixed square grid (image_size / patch_size)")
         return size // patch
+
+
+class VideoLlava(Llava):
+    """``VideoLlavaForConditionalGeneration``: every frame of a video keeps its class token."""
+
+    def layouts(self, media: Media) -> list[Layout]:
+        """The patch grid of pictures; class token and patch grid of every frame."""
+        if media.kind == "image":
+            return super().layouts(media)
+        side = self._side()
+        frame = Layout.without_grid(1).joined(Layout.of_views((side, side)))
+        pixels = media.arguments.get("pixel_values_videos")
+        frames = len(media.lengths) if pixels is None else int(pixels.shape[1])
+        video = functools.reduce(Layout.joined, [frame] * frames)
+        return [replace(video, video=True) for _ in range(len(media.lengths) // frames)]
