@@ -40,13 +40,13 @@ class Tiled(Family):
         """A view per tile."""
         if media.prompt is None:
             return super().layouts(media)
-        return [self.picture(runs, media) for _, runs in self.pictures(media.prompt)]
+        return [self.picture(runs, media) for _, runs in self.spans(media.prompt)]
 
     def picture(self, runs: list[Run], media: Media) -> Layout:
         """Layout of the picture that fills ``runs``."""
         return _views(sum(end - start for start, end in runs), media.lengths[0])
 
-    def pictures(self, prompt: Tensor) -> Iterator[tuple[int, list[Run]]]:
+    def spans(self, prompt: Tensor) -> Iterator[tuple[int, list[Run]]]:
         """(row, its runs) of every picture of the prompts ``[B, N]``."""
         visual = (prompt == self.placeholders["image"]).int()
         for number, row in enumerate(prompt.tolist()):
@@ -63,7 +63,7 @@ class Tiled(Family):
     def framing(self, input_ids: Tensor) -> Tensor:
         """Tokens around a picture and between its tiles."""
         frame = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, runs in self.pictures(input_ids):
+        for row, runs in self.spans(input_ids):
             frame[row, max(runs[0][0] - self.lead, 0) : runs[-1][1] + self.trail] = True
         return frame & (input_ids != self.placeholders["image"])
 
