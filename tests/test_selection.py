@@ -137,10 +137,10 @@ def test_noise_schedule_falls() -> None:
 def test_noise_keeps_the_dtype_and_every_picture_alike() -> None:
     pixels = torch.randn(2, 3, 28, 28)
     pixels[1] = pixels[0]
-    out = vlm_attn.method("vcd").alter_pixels(pixels)
+    out = torch.stack([vlm_attn.method("vcd").alter_pixels(picture) for picture in pixels])
     assert torch.equal(out[0], out[1])
     assert vlm_attn.method("vcd").alter_pixels(pixels.bfloat16()).dtype == torch.bfloat16
-    other = vlm_attn.method("vcd", seed=1).alter_pixels(pixels)
+    other = torch.stack([vlm_attn.method("vcd", seed=1).alter_pixels(picture) for picture in pixels])
     assert (other - out).abs().max() > 0.1
     zero = add_noise(pixels, torch.zeros_like(pixels), 500)
     assert float((out - zero).std()) == pytest.approx(math.sqrt(1 - 0.863**2), abs=0.02)

@@ -113,7 +113,7 @@ def test_vcd_is_two_cache_free_forwards(kind: str, number: int, ratio: int) -> N
     model, batch = models.llava(ratio), models.BATCHES[kind]()
     method = vlm_attn.method("vcd", **params)
     inputs = batch.inputs()
-    noised = method.alter_pixels(inputs["pixel_values"])
+    noised = torch.stack([method.alter_pixels(picture) for picture in inputs["pixel_values"]])
     with vlm_attn.attach(model, method):
         tokens, logits, scores = greedy(model, inputs)
     start = 0

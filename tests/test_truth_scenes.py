@@ -66,7 +66,7 @@ def test_contrast_is_the_reference(shipped: Any) -> None:
     shipped.set_method("vcd")
     sample = prompt(shipped, 4, QUESTIONS[0])
     tokens, _, scores = greedy(shipped.model, sample.inputs(), 4)
-    noised = shipped.methods[0].alter_pixels(sample.pixels)
+    noised = torch.stack([shipped.methods[0].alter_pixels(picture) for picture in sample.pixels])
     shipped.set_method(None)
     expected = vcd(shipped.model, sample.ids, sample.pixels, noised, tokens[0, :-1].tolist(), 1.0, 0.1)
     assert distance(scores[:, 0], expected) <= TOLERANCE

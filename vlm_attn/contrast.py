@@ -33,10 +33,12 @@ class ContrastProcessor(LogitsProcessor):
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
         self.length = 0
+        self.called = False
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """fp32 scores ``[B, V]`` after the contrast."""
+        self.called = True
         if self.session.request is None or not self.session.last.tokens.vis.any():
             return scores
         with self.session.suspended():
@@ -55,8 +57,10 @@ class ContrastProcessor(LogitsProcessor):
                 raise UnsupportedError(
                     f"{self.method.name} alters the picture, so it needs pixel_values, not precomputed image features"
                 )
-            pixels = media.arguments[family.pixel_argument(media)]
-            features = family.encode(media, self.method.alter_pixels(pixels))
+            pixels = media.arguments[family.pixel_argument(media)].clone()
+            for picture in family.pictures(media, pixels):
+                picture.copy_(self.method.alter_pixels(picture))
+            features = family.encode(media, pixels)
             encoded[kind] = self._repeated(kind, media, features)
             for name in media.arguments:
                 kwargs.pop(name, None)

@@ -187,10 +187,17 @@ class Session:
             if self._suspended:
                 return original(*args, **kwargs)
             kwargs = check_generate(self, args, kwargs)
-            if self.contrast is not None and self.contrast.active:
-                branch = ContrastProcessor(self, self.contrast)
-                kwargs["logits_processor"] = [branch, *(kwargs.get("logits_processor") or [])]
-            return self.capture.generate(original, args, kwargs)
+            if self.contrast is None or not self.contrast.active:
+                return self.capture.generate(original, args, kwargs)
+            branch = ContrastProcessor(self, self.contrast)
+            kwargs["logits_processor"] = [branch, *(kwargs.get("logits_processor") or [])]
+            out = self.capture.generate(original, args, kwargs)
+            if not branch.called:
+                raise UnsupportedError(
+                    f"{self.contrast.name}: the generate() of {type(self.model).__name__} does not pass logits "
+                    "processors on, so the second branch took no part; use an edit or a pruning method"
+                )
+            return out
 
     def _get_features(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         store = self.recorder.media if self.recorder is not None else None

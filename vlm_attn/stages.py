@@ -272,7 +272,7 @@ class Contrast(Method):
         return True
 
     def alter_pixels(self, pixels: Tensor) -> Tensor:
-        """The processed pixel tensor of the branch (same shape and dtype)."""
+        """The branch's pixels of one picture, in whatever shape the model takes them (same shape and dtype)."""
         raise TypeError(f"{type(self).__name__} does not implement alter_pixels()")
 
     def combine(self, logits: Tensor, branch: Tensor) -> Tensor:

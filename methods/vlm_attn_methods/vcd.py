@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vlm_attn.errors import UnsupportedError
 from vlm_attn.stages import Contrast, method_dataclass
 
 STEPS = 1000
@@ -61,13 +60,9 @@ class VCD(Contrast):
         return self.alpha > 0 or self.beta is not None
 
     def alter_pixels(self, pixels: Tensor) -> Tensor:
-        if pixels.dim() != 4:
-            raise UnsupportedError(
-                f"vcd noises pixel tensors [images, C, H, W], this model's are {tuple(pixels.shape)}"
-            )
         share = signal_share(self.noise_step)
         generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(pixels.shape[1:], generator=generator).to(pixels)
+        noise = torch.randn(pixels.shape, generator=generator).to(pixels)
         return share * pixels + math.sqrt(1 - share**2) * noise
 
     def combine(self, logits: Tensor, branch: Tensor) -> Tensor:

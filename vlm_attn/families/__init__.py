@@ -18,7 +18,7 @@ from ..errors import AttachError
 from .anyres import LlavaNext, LlavaOneVision
 from .base import Family, Media, SquareGrid
 from .blip import Blip
-from .deepseek import DeepseekVL
+from .deepseek import DeepseekVL, Janus
 from .gemma import Gemma3
 from .lfm2 import Lfm2VL
 from .llava import Llava, VideoLlava
@@ -53,7 +53,7 @@ ADAPTERS: dict[str, type[Family]] = {
     "ovis2": Ovis2,
     "deepseek_vl": DeepseekVL,
     "deepseek_vl_hybrid": DeepseekVL,
-    "janus": DeepseekVL,
+    "janus": Janus,
     "lfm2_vl": Lfm2VL,
 }
 

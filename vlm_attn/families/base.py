@@ -234,6 +234,12 @@ class Family:
             ids += [value] if isinstance(value, int) else value or []
         return torch.isin(input_ids, torch.tensor(ids, dtype=input_ids.dtype, device=input_ids.device))
 
+    def read_text(self, ids: Tensor, mask: Tensor) -> None:
+        """Runs a left-padded prompt without pictures through the decoder."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        embeds = self.model.get_input_embeddings()(ids)
+        self.lm(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+
     # -------------------------------------------------------------------------------------------------- pruning
 
     def shadows(self, running: Callable[[], Request | None]) -> Iterable[Shadow]:
@@ -271,6 +277,22 @@ class Family:
         """Features of other pixels, everything else as in ``media``."""
         arguments = {**media.arguments, self.pixel_argument(media): pixels, "return_dict": True}
         return self.features(media.kind)(**arguments)
+
+    def pictures(self, media: Media, pixels: Tensor) -> list[Tensor]:
+        """The pixels of each picture, as views of ``pixels``; what pads a batch is in none of them."""
+        sizes, seen = media.arguments.get("image_sizes"), media.arguments.get("pixel_attention_mask")
+        if seen is not None:
+            extents = [(int(m.any(1).sum()), int(m.any(0).sum())) for m in seen.flatten(0, -3)]
+            return [p[..., :h, :w] for p, (h, w) in zip(pixels.flatten(0, -4), extents, strict=True) if h and w]
+        if sizes is not None and pixels.dim() == 4 and len(sizes) == len(pixels):
+            return [p[..., : int(h), : int(w)] for p, (h, w) in zip(pixels, sizes, strict=True)]
+        lengths = [len(lay) for lay in self.layouts(media)]
+        if len(pixels) == len(lengths):
+            return list(pixels)
+        entries = [n * len(pixels) / sum(lengths) for n in lengths]  # tiles or patches, in proportion to the tokens
+        if any(entry != int(entry) for entry in entries):
+            raise AttachError(f"{self._who()} does not say which pixels belong to which picture")
+        return list(pixels.split([int(entry) for entry in entries]))
 
     def pixel_argument(self, media: Media) -> str:
         """Name of the argument that holds the pixels."""

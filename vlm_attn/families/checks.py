@@ -1,0 +1,214 @@
+"""The generic checks: one method on one tiny model of a family, through the public door, with figures.
+
+Every check compares the attached model with the unwrapped one, or a batch with its rows alone; none of them knows a
+method or a family.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AttachError, MissingProfileError, UnsupportedError
+from ..profiles import Profile
+from ..registry import MethodRow
+from ..session import Session, attach
+from ..stages import Method
+from .zoo import SPECIMENS, Sample, Specimen
+
+STEPS = 5  # the prefill and four cached steps
+TOLERANCE = 1e-5
+REFUSALS = (UnsupportedError, AttachError, MissingProfileError)
+
+# What stands in for calibrated data on a random model. Only the mechanics are executed with it.
+STAND_INS: dict[str, dict[str, Any]] = {
+    "sinks": {"dims": [3, 7], "tau": 1.6},
+    "trend": {"sigma": 0.5},
+}
+
+
+class StandInProfile(Profile):
+    """A profile that answers every entry of :data:`STAND_INS`."""
+
+    def need(self, entry: str, method: str) -> dict[str, Any]:
+        """The stand-in for an entry, whatever its layer or reading."""
+        kind = entry.partition(":")[0]
+        return STAND_INS[kind] if kind in STAND_INS else super().need(entry, method)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one family with one attention backend.
+
+    Attributes:
+        status: ``"executed"`` (every check holds), ``"refused"`` or ``"failed"``.
+        detail: the refusal, or what failed.
+        figures: largest relative differences by check.
+    """
+
+    family: str
+    backend: str
+    method: str
+    stage: str
+    status: str
+    detail: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def batches(specimen: Specimen) -> dict[str, list[Sample]]:
+    """The prompts that every family is executed on: one alone, and unequal rows with different pictures."""
+    rows = [
+        Sample(),
+        Sample(pictures=((80, 56), (56, 70)) if specimen.several else ((80, 56),), before=5, after=9, seed=1),
+        Sample(pictures=((50, 90),), before=1, after=4, seed=2),
+    ]
+    return {"single": rows[:1], "padded": rows}
+
+
+@torch.no_grad()
+def trace(model: Any, inputs: dict[str, Tensor], steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens ``[B, steps]``, raw logits and processed scores ``[steps, B, V]`` of greedy ``generate``."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=steps,
+        min_new_tokens=steps,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+    )
+    logits, scores = torch.stack(out.logits), torch.stack(out.scores)
+    return out.sequences[:, -steps:], logits, scores
+
+
+def distance(left: Tensor, right: Tensor) -> float:
+    """Largest difference relative to the scale of ``right``; infinities must stand at the same places."""
+    finite = right.isfinite()
+    if left.shape != right.shape or not torch.equal(finite, left.isfinite()):
+        return float("inf")
+    return float((left[finite] - right[finite]).abs().max() / right[finite].abs().max())
+
+
+def fingerprint(model: nn.Module) -> list[Any]:
+    """All that a session could leave behind on a model."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    mark: list[Any] = [
+        (
+            name,
+            tuple(len(getattr(module, hook)) for hook in hooks),
+            tuple(sorted(module.__dict__)),
+            getattr(getattr(module, "config", None), "_attn_implementation", None),
+        )
+        for name, module in model.named_modules()
+    ]
+    generation: Any = getattr(model, "generation_config", None)
+    return [*mark, generation.to_dict() if generation is not None else None]
+
+
+class Bench:
+    """A specimen with one attention backend: model, inputs and the unwrapped model's answers (``stock``), made once."""
+
+    def __init__(self, specimen: Specimen, backend: str):
+        self.specimen, self.backend = specimen, backend
+        self.model = specimen.build(backend=backend)
+        self.rows = batches(specimen)
+        self.profile = StandInProfile("", {})
+        rows: dict[str, list[int | None]] = {kind: [None, *range(len(rows))] for kind, rows in self.rows.items()}
+        self.stock = {(kind, row): trace(self.model, self.inputs(kind, row)) for kind in rows for row in rows[kind]}
+
+    @functools.cache  # noqa: B019 - benches are few and short-lived
+    def inputs(self, kind: str, row: int | None = None) -> dict[str, Tensor]:
+        """Model inputs of a batch, or of one of its rows alone."""
+        rows = self.rows[kind]
+        return self.specimen.inputs(rows if row is None else [rows[row]])
+
+    def attached(self, method: Method) -> Session:
+        """A session on the model."""
+        return attach(self.model, method, self.specimen.processor(), profile=self.profile)
+
+
+@functools.lru_cache(maxsize=4)
+def bench(family: str, backend: str) -> Bench:
+    """The bench of a family (the last few are kept)."""
+    return Bench(SPECIMENS[family], backend)
+
+
+def check(family: str, backend: str, row: MethodRow) -> Cell:
+    """Runs every check of one cell."""
+
+    def cell(status: str, detail: str = "") -> Cell:
+        return Cell(family, backend, row.name, row.stage, status, detail, figures)
+
+    figures: dict[str, float] = {}
+    try:
+        trouble = _checks(bench(family, backend), row, figures)
+    except REFUSALS as refusal:
+        return cell("refused", str(refusal))
+    except Exception as error:  # a failure is a finding of the matrix, with the method and the family beside it
+        return cell("failed", f"{type(error).__name__}: {error}")
+    return cell("failed", trouble) if trouble else cell("executed")
+
+
+def _checks(b: Bench, row: MethodRow, figures: dict[str, float]) -> str:
+    """Fills ``figures`` and returns what does not hold."""
+    before = fingerprint(b.model)
+    stock = {kind: b.stock[kind, None] for kind in b.rows}
+    with b.attached(row.neutral()):
+        for kind, (_, logits, scores) in stock.items():
+            _, neutral_logits, neutral_scores = trace(b.model, b.inputs(kind))
+            figures[f"neutral {kind}"] = max(distance(neutral_logits, logits), distance(neutral_scores, scores))
+    default = row.cls()
+    if row.stage != "refine":  # a refining method acts on the picture, before the processor
+        with b.attached(default):
+            _effect(b, default, stock, figures)
+            _rows_alone(b, default, figures)
+    if fingerprint(b.model) != before:
+        return "detach left something behind"
+    if not torch.equal(trace(b.model, b.inputs("padded"))[1], stock["padded"][1]):
+        return "the detached model gives other logits"
+    return _judge(row, figures)
+
+
+def _effect(b: Bench, method: Method, stock: dict[str, Any], figures: dict[str, float]) -> None:
+    _, logits, scores = trace(b.model, b.inputs("single"))
+    _, stock_logits, stock_scores = stock["single"]
+    # Once the tokens part, the logits answer different texts: only the step before counts.
+    figures["effect"] = max(distance(logits[:1], stock_logits[:1]), distance(scores[:1], stock_scores[:1]))
+    steps = max(distance(logits[1:2], stock_logits[1:2]), distance(scores[1:2], stock_scores[1:2]))
+    figures["effect"] = max(figures["effect"], steps)
+
+
+def _rows_alone(b: Bench, method: Method, figures: dict[str, float]) -> None:
+    """Each row of the padded batch against the same row alone, beside what the unwrapped model does there."""
+    _, _, together = trace(b.model, b.inputs("padded"))
+    tokens = trace(b.model, b.inputs("padded"))[0]
+    worst = 0.0
+    for row in range(len(b.rows["padded"])):
+        alone_tokens, _, alone = trace(b.model, b.inputs("padded", row))
+        same = int((alone_tokens[0] == tokens[row]).long().cumprod(0).sum())
+        worst = max(worst, distance(together[: min(same + 1, STEPS), row], alone[: min(same + 1, STEPS), 0]))
+    figures["rows alone"] = worst
+    figures["rows alone, unwrapped"] = max(
+        distance(b.stock["padded", None][1][0, row], b.stock["padded", row][1][0, 0])
+        for row in range(len(b.rows["padded"]))
+    )
+
+
+def _judge(row: MethodRow, figures: dict[str, float]) -> str:
+    for name, value in figures.items():
+        if name.startswith("neutral") and not value <= TOLERANCE:
+            return f"{name}: {value:.1e} instead of at most {TOLERANCE:.0e}"
+    changes_nothing = row.stage in ("read", "refine")
+    if not changes_nothing and not figures["effect"] > 0:
+        return "at its default strength the method changes nothing"
+    if changes_nothing and figures.get("effect", 0.0) > TOLERANCE:
+        return f"a method that must change nothing changes logits by {figures['effect']:.1e}"
+    limit = max(TOLERANCE, 4 * figures.get("rows alone, unwrapped", 0.0))
+    if not figures.get("rows alone", 0.0) <= limit:
+        return f"rows of a batch differ from the same rows alone by {figures['rows alone']:.1e} (at most {limit:.0e})"
+    return ""
