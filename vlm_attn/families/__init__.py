@@ -20,11 +20,13 @@ from .base import Family, Media, SquareGrid
 from .blip import Blip
 from .deepseek import DeepseekVL, Janus
 from .gemma import Gemma3
+from .glm4v import Glm4v
 from .lfm2 import Lfm2VL
 from .llava import Llava, VideoLlava
 from .ovis2 import Ovis2
 from .paligemma import PaliGemma
 from .pixtral import Mistral3
+from .qwen_vl import DeepStack, LinearLayers, MergedGrid
 from .tiled import AyaVision, Cohere2Vision, Idefics2, Idefics3, PerceptionLM, Tiled
 
 # transformers' model_type -> adapter.
@@ -55,6 +57,18 @@ ADAPTERS: dict[str, type[Family]] = {
     "deepseek_vl_hybrid": DeepseekVL,
     "janus": Janus,
     "lfm2_vl": Lfm2VL,
+    "qwen2_vl": MergedGrid,
+    "qwen2_5_vl": MergedGrid,
+    "qwen3_vl": DeepStack,
+    "qwen3_vl_moe": DeepStack,
+    "qwen3_5": LinearLayers,
+    "paddleocr_vl": MergedGrid,
+    "exaone4_5": MergedGrid,
+    "glm4v": Glm4v,
+    "glm46v": Glm4v,
+    "glm4v_moe": Glm4v,
+    "glm_ocr": Glm4v,
+    "ernie4_5_vl_moe": ErnieVL,
 }
 
 # Vision-language models that cannot be served, and why.

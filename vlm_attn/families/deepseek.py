@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from ..geometry import ImageGeometry
 from ..tokens import Layout
@@ -10,7 +11,7 @@ from .llava import Llava
 
 
 class DeepseekVL(Llava):
-    """``DeepseekVL(Hybrid)ForConditionalGeneration``, ``JanusForConditionalGeneration``."""
+    """``DeepseekVL(Hybrid)ForConditionalGeneration``."""
 
     def geometry(self, image_processor: Any, size: tuple[int, int], layout: Layout) -> list[ImageGeometry]:
         """Longest edge to the canvas, the shorter one rounded to whole pixels, margins on both sides."""
@@ -23,3 +24,12 @@ class DeepseekVL(Llava):
         side = max(width, height)
         offset = (float((side - width) // 2), float((side - height) // 2))
         return [ImageGeometry(size, (side, side), grid, scale, offset) for grid in layout.views]
+
+
+class Janus(DeepseekVL):
+    """``JanusForConditionalGeneration``; its ``generate`` does not pass logits processors on."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "decode": "its generate() drops logits processors, so a second branch cannot take part; use an edit or a "
+        "pruning method"
+    }
