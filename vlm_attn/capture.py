@@ -43,6 +43,7 @@ class Capture:
         self.prompt: Prompt | None = None
         self.media: dict[str, Media] = {}
         self._generating = False
+        self._encoding = False
 
     def clear(self) -> None:
         """Forgets what is on its way."""
@@ -73,9 +74,18 @@ class Capture:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Runs the feature function and keeps the call in ``store``."""
+        """Runs the feature function and keeps the call in ``store``.
+
+        Some models encode videos with their image function: the outer call counts.
+        """
+        if self._encoding:
+            return original(*args, **kwargs)
         start = time.perf_counter()
-        out = original(*args, **kwargs)
+        self._encoding = True
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            self._encoding = False
         if store is not None and hasattr(out, "pooler_output"):
             store[kind] = Media(kind, self.family.bind(kind, args, kwargs), out, time.perf_counter() - start)
         return out

@@ -19,6 +19,7 @@ from .anyres import LlavaNext, LlavaOneVision
 from .base import Family, Media, SquareGrid
 from .blip import Blip
 from .deepseek import DeepseekVL, Janus
+from .ernie_vl import ErnieVL
 from .gemma import Gemma3
 from .glm4v import Glm4v
 from .lfm2 import Lfm2VL
