@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,10 @@ class PaliGemma(Specimen):
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Without the labels that the processor adds for training; a prompt needs a picture."""
-        batch = super().inputs(samples)
+        with warnings.catch_warnings():
+            # The processor makes its labels from tensors in a way that NumPy 2 announces as deprecated.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            batch = super().inputs(samples)
         batch.pop("labels")
         return batch
 
