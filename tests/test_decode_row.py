@@ -30,6 +30,7 @@ def test_edited_layers_skip_the_kernel(name: str, params: dict[str, Any], monkey
     monkeypatch.setattr(interface, "base_function", counting)
     model = models.llava(4)
     with vlm_attn.attach(model, vlm_attn.method(name, **params, first_layer=1)):
+        calls.clear()  # attaching runs a probe of its own
         greedy(model, models.single().inputs(), 4)
     decoding = [layer for layer, rows in calls if rows == 1]
     assert decoding.count(0) == decoding.count(3) == 3

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .attention.plans import Call, Labelled, edit_decode, edit_rows
+from .attention import columns, soft
+from .attention.call import Call, RowMap, Run, fused_inputs
+from .attention.plans import Gated, Labelled, Remembered, edit_decode, edit_rows
 from .request import Request
-from .stages import EditView, HeadScale, KeyBias, Method, ModelInfo, SegmentEdit
+from .stages import (
+    Edit,
+    EditView,
+    EncoderScore,
+    HeadScale,
+    KeyBias,
+    KeyMap,
+    LogitMap,
+    Method,
+    ModelInfo,
+    RowEdit,
+    Rows,
+    SegmentEdit,
+    SoftMask,
+)
 
 
 class Edits:
@@ -21,100 +38,265 @@ class Edits:
 
     def __init__(self, methods: Sequence[Method], info: ModelInfo, attention: Collection[int]):
         self.heads = info.heads
-        self.segments = [(i, m) for i, m in enumerate(methods) if isinstance(m, SegmentEdit)]
-        self.biases = [(i, m) for i, m in enumerate(methods) if isinstance(m, KeyBias)]
-        self.scales = [(i, m) for i, m in enumerate(methods) if isinstance(m, HeadScale)]
-        self.layers: dict[int, frozenset[int]] = {}
-        for i, m in [*self.segments, *self.biases, *self.scales]:
-            wanted = m.edit_layers(info)
-            self.layers[i] = frozenset(wanted).intersection(attention)
-            if wanted and not self.layers[i]:
-                raise ValueError(
-                    f"{m.name}: none of its layers {sorted(wanted)} has attention in {info.family}; choose among "
-                    f"{sorted(attention)}"
-                )
+        self.all: list[tuple[int, Edit]] = [(i, m) for i, m in enumerate(methods) if isinstance(m, Edit)]
+        self.maps = [(i, m) for i, m in self.all if isinstance(m, LogitMap)]
+        self.biases = [(i, m) for i, m in self.all if isinstance(m, KeyBias)]
+        self.soft = [(i, m) for i, m in self.all if isinstance(m, SoftMask)]
+        self.rows = [(i, m) for i, m in self.all if isinstance(m, RowEdit)]
+        self.segments = [(i, m) for i, m in self.all if isinstance(m, SegmentEdit)]
+        self.scales = [(i, m) for i, m in self.all if isinstance(m, HeadScale)]
+        self.layers = {i: _with_attention(m, m.edit_layers(info), attention, info) for i, m in self.all}
+        self.scale_layers = {i: frozenset(m.scale_layers(info)).intersection(attention) for i, m in self.scales}
 
     @property
     def text_stream_layers(self) -> frozenset[int]:
         """Layers whose text-only head outputs some method asks for."""
-        return frozenset(n for i, m in self.scales if m.wants_text_stream for n in self.layers[i])
+        return frozenset(n for i, m in self.scales if m.wants_text_stream for n in self.scale_layers[i])
+
+    @property
+    def paired(self) -> bool:
+        """Whether the text-only stream must be scaled with the same factors."""
+        return any(m.paired for _, m in self.scales)
+
+    @property
+    def wants_words(self) -> bool:
+        """Whether some edit needs roles that only the tokenizer knows."""
+        return any(m.wants_words for _, m in self.all)
+
+    @property
+    def encoder_scores(self) -> tuple[EncoderScore, ...]:
+        """Readings of the vision encoder that some edit needs."""
+        return tuple(dict.fromkeys(score for _, m in self.all for score in m.encoder_scores))
+
+    @property
+    def reads_ahead(self) -> int | None:
+        """Last layer that must be read before a layer below it is edited: the prompt then runs to it twice."""
+        late = [
+            m.source for i, m in self.rows if m.source is not None and min(self.layers[i], default=m.source) < m.source
+        ]
+        return max(late, default=None)
+
+    # -------------------------------------------------------------------------------------------------- prepare
+
+    def _view(self, edit: Edit, layer: int, hidden: Tensor | None, request: Request) -> EditView:
+        tokens = request.tokens_at(layer)
+        encoder = {score: request.slots_at(layer, request.encoder[score]) for score in edit.encoder_scores}
+        words = request.words_at(layer) if edit.wants_words else None
+        return EditView(layer, tokens, hidden if edit.wants_hidden else None, encoder=encoder, words=words)
 
     def prepare(self, number: int, hidden: Tensor, request: Request) -> None:
-        """Asks the methods for labels and biases of one layer's prompt keys (prefill, before the layer runs)."""
-        tokens = request.tokens_at(number)
-        for i, edit in self.segments:
-            if number in self.layers[i]:
-                view = EditView(number, tokens, hidden if edit.wants_hidden else None)
-                request.labels[i, number] = edit.labels(view)
-                request.labelled[i, number] = Labelled.of(edit, request.labels[i, number])
-        for i, bias in self.biases:
-            if number in self.layers[i]:
-                view = EditView(number, tokens, hidden if bias.wants_hidden else None)
-                request.biases[i, number] = bias.bias(view)
+        """Asks the methods for labels, biases and maps of one layer's prompt keys (prefill, before the layer runs)."""
+        for i, edit in self.all:
+            if number not in self.layers[i]:
+                continue
+            view = self._view(edit, number, hidden, request)
+            if isinstance(edit, LogitMap):
+                request.maps[i, number] = _acting(edit.key_map(view))
+            if isinstance(edit, KeyBias):
+                bias = edit.bias(view)
+                if bool(bias.any()):
+                    request.biases[i, number] = bias
+            if isinstance(edit, SegmentEdit) and not edit.wants_columns:
+                self._label(i, edit, number, edit.labels(view), request)
+
+    def _label(self, i: int, edit: SegmentEdit, layer: int, labels: Tensor, request: Request) -> None:
+        request.labels[i, layer] = labels
+        heads = self._chosen(edit, layer, labels.device)
+        mask = None
+        if heads is not None:
+            mask = torch.zeros(self.heads, dtype=torch.bool, device=labels.device)
+            mask[heads] = True
+        request.labelled[i, layer] = Labelled.of(edit, labels, mask)
+
+    @staticmethod
+    def _chosen(edit: Edit, layer: int, device: torch.device) -> Tensor | None:
+        heads = edit.heads_at(layer)
+        return None if heads is None else torch.tensor(sorted(heads), dtype=torch.long, device=device)
 
     def bias(self, layer: int, keys: int, request: Request) -> Tensor | None:
-        """Sum of the key biases of one layer, ``[B, H or 1, keys]``; generated tokens get 0."""
+        """Sum of the key biases of one layer, ``[B, H or 1, keys]``; generated tokens get 0; None = nothing to add."""
         total = None
         for i, _ in self.biases:
-            if (i, layer) in request.biases:
-                part = _pad(request.biases[i, layer], keys)
+            found = request.biases.get((i, layer))
+            if found is not None:
+                part = _pad(found, keys)
                 total = part if total is None else total + part
         return total
 
-    def _at(self, layer: int, request: Request) -> list[Labelled]:
-        return [request.labelled[i, layer] for i, _ in self.segments if (i, layer) in request.labelled]
-
-    def decode(self, layer: int, call: Call, request: Request) -> Tensor | None:
-        """Output ``[B, 1, H, d]`` of a decode step whose row some segment edit changes, else None."""
-        edits = self._at(layer, request)
-        if not edits or call.queries != 1 or call.keys == 1:
-            return None
-        out, edited = edit_decode(call, request.tokens_at(layer).vis.any(1), edits)
-        request.edited[layer] = request.edited.get(layer, 0) + edited
-        return out
-
-    def apply(self, layer: int, call: Call, out: Tensor, request: Request) -> Tensor:
-        """Applies the segment edits of one layer to the output ``[B, Q, H, d]`` of a longer attention call."""
-        edits = self._at(layer, request)
-        if not edits or call.queries == 1:
-            return out
-        rows, gate = self._rows(layer, call, request, edits[0].edit)
-        if rows.numel() == 0:
-            return out
-        out, edited = edit_rows(call, out, rows, gate, edits)
-        request.edited[layer] = request.edited.get(layer, 0) + edited
-        return out
+    def _maps(self, layer: int, call: Call, request: Request) -> tuple[RowMap, ...]:
+        out = []
+        for i, edit in self.maps:
+            found = request.maps.get((i, layer), KeyMap())
+            if found.scale is None and found.boost is None:
+                continue
+            scale = None if found.scale is None else _pad(found.scale, call.keys, 1.0)
+            boost = None if found.boost is None else _pad(found.boost, call.keys)
+            out.append(RowMap(scale, boost, self._gate(edit.rows, layer, call, request), edit.rows == "all"))
+        return tuple(out)
 
     @staticmethod
-    def _rows(layer: int, call: Call, request: Request, edit: SegmentEdit) -> tuple[Tensor, Tensor]:
-        """Query rows to look at ``[R]`` and the samples they count in ``[B, R]``."""
-        tokens, device = request.tokens_at(layer), call.query.device
+    def _gate(rows: Rows, layer: int, call: Call, request: Request) -> Tensor:
+        """bool ``[B, Q]``: the rows of this call that an edit acts in."""
+        tokens = request.tokens_at(layer)
         has_image = tokens.vis.any(1, keepdim=True)
-        if call.queries != call.keys:
-            return torch.arange(call.queries, device=device), has_image.expand(-1, call.queries)
-        if edit.rows == "last":
-            return torch.tensor([call.queries - 1], device=device), has_image
-        gate = tokens.sees_image
-        rows = gate.any(0).nonzero()[:, 0]
-        return rows, gate[:, rows]
+        prefill = call.queries == call.keys
+        if rows == "all":
+            return tokens.valid if prefill else torch.ones_like(has_image).expand(-1, call.queries)
+        if rows == "sees_image":
+            return tokens.sees_image if prefill else has_image.expand(-1, call.queries)
+        gate = torch.zeros(tokens.batch, call.queries, dtype=torch.bool, device=has_image.device)
+        gate[:, -1:] = has_image
+        return gate
+
+    # ---------------------------------------------------------------------------------------------------- apply
+
+    def attend(self, layer: int, call: Call, request: Request, run: Run) -> tuple[Call, Tensor, Tensor | None]:
+        """One attention call of one layer with all edits but head scales.
+
+        Args:
+            run: the backend's own attention.
+
+        Returns:
+            The call with all that enters its logits, the output ``[B, Q, H, d]`` and the backend's weights, if any.
+        """
+        call = replace(call, bias=self.bias(layer, call.keys, request), maps=self._maps(layer, call, request))
+        if call.queries == 1 and call.keys > 1:
+            row = self._decode(layer, call, request)
+            if row is not None:
+                return call, row, None
+        out, weights = run(*fused_inputs(call))
+        out = out[..., : call.query.shape[-1]]
+        if call.queries == call.keys:
+            self.read(layer, call, request)
+            out = self._soften(layer, call, out, request)
+        if call.queries > 1 or call.keys == 1:
+            out = self._edit(layer, call, out, request)
+        return call, out, weights
+
+    def _items(self, layer: int, call: Call, request: Request, frozen: bool = True) -> list[Gated]:
+        """Row edits, then segment edits of a layer with the rows they act in."""
+        items: list[Gated] = []
+        for i, edit in self.rows:
+            waiting = edit.source is not None and i not in request.memory
+            if layer in self.layers[i] and not waiting:
+                view = self._view(edit, layer, None, request)
+                view = replace(view, tokens=view.tokens.extend(call.keys - view.tokens.length))
+                item = Remembered(edit, view, request.memory.get(i))
+                items.append((item, self._gate("last", layer, call, request)))
+        for i, segment in self.segments:
+            if (i, layer) in request.labelled and (frozen or not segment.wants_columns):
+                items.append((request.labelled[i, layer], self._gate(segment.rows, layer, call, request)))
+        return items
+
+    def _decode(self, layer: int, call: Call, request: Request) -> Tensor | None:
+        """Output ``[B, 1, H, d]`` of a decode step whose row some map or edit changes, else None."""
+        items = self._items(layer, call, request)
+        if not items and not call.maps:
+            return None
+        out, edited = edit_decode(call, items)
+        self._count(layer, edited, request)
+        return out
+
+    def _soften(self, layer: int, call: Call, out: Tensor, request: Request) -> Tensor:
+        for i, edit in self.soft:
+            if layer in self.layers[i]:
+                images = request.tokens_at(layer).img_id
+                out, edited = soft.soften(call, out, images, edit.pairs, edit.sigma, edit.mode)
+                self._count(layer, edited, request)
+        return out
+
+    def _edit(self, layer: int, call: Call, out: Tensor, request: Request) -> Tensor:
+        prefill = call.queries == call.keys
+        out, edited = edit_rows(call, out, self._items(layer, call, request, frozen=not prefill))
+        self._count(layer, edited, request)
+        for i, edit in self.segments:
+            if prefill and edit.wants_columns and layer in self.layers[i]:
+                out = self._edit_columns(i, edit, layer, call, out, request)
+        return out
+
+    def _edit_columns(
+        self, i: int, edit: SegmentEdit, layer: int, call: Call, out: Tensor, request: Request
+    ) -> Tensor:
+        """Labels from the column means of this very call, then the edit of all rows."""
+        heads = self._chosen(edit, layer, out.device)
+        heads = torch.arange(self.heads, device=out.device) if heads is None else heads
+        valid = request.tokens_at(layer).valid
+        means, lse = columns.column_means(call, valid, heads)
+        full = means.new_zeros(means.shape[0], self.heads, means.shape[2])
+        full[:, heads] = means
+        view = replace(self._view(edit, layer, None, request), columns=full)
+        self._label(i, edit, layer, edit.labels(view), request)
+        out, edited = columns.edit_labelled(call, out, request.labelled[i, layer], heads, lse, valid)
+        self._count(layer, edited, request)
+        return out
+
+    def read(self, layer: int, call: Call, request: Request) -> None:
+        """Hands the prompt rows that row edits ask for to their methods (prefill)."""
+        for i, edit in self.rows:
+            if edit.source != layer or i in request.memory:
+                continue
+            view = self._view(edit, layer, None, request)
+            rows = edit.read_rows(view).any(0).nonzero()[:, 0]
+            request.memory[i] = edit.read(view, call.weights(rows), rows)
+
+    @staticmethod
+    def _count(layer: int, edited: int, request: Request) -> None:
+        if edited:
+            request.edited[layer] = request.edited.get(layer, 0) + edited
+
+    # -------------------------------------------------------------------------------------------------- head scale
+
+    def choose_factors(self, number: int, x: Tensor, request: Request) -> None:
+        """Fixes the head factors of one layer for the request, from the ``o_proj`` input ``x [B, Q, H * d]``."""
+        here = [(i, m) for i, m in self.scales if number in self.scale_layers[i]]
+        undecided = [(i, m) for i, m in here if (i, number) not in request.factors]
+        if not undecided:
+            return
+        last = x[:, -1].reshape(x.shape[0], self.heads, -1)
+        has_image = request.tokens.vis.any(1, keepdim=True)
+
+        def choose(text_last: Tensor | None) -> None:
+            for i, edit in undecided:
+                factors = edit.factors(number, last, text_last)
+                # Samples without an image have nothing to be reinforced against.
+                request.factors[i, number] = torch.where(has_image, factors, 1.0)
+
+        if request.text is None or number not in self.text_stream_layers:
+            choose(None)
+        else:
+            request.text.meet(number, choose, lambda text: self._scaled(number, text, request))
 
     def scale_heads(self, number: int, x: Tensor, request: Request) -> Tensor:
-        """Scales the heads inside the ``o_proj`` input ``[B, Q, H * d]``; the factors are fixed in the prefill."""
-        for i, edit in self.scales:
-            if number not in self.layers[i]:
-                continue
-            if (i, number) not in request.factors:
-                last = x[:, -1].reshape(x.shape[0], self.heads, -1)
-                factors = edit.factors(last, request.text_last.get(number))
-                # Samples without an image have nothing to be reinforced against.
-                request.factors[i, number] = torch.where(request.tokens.vis.any(1, keepdim=True), factors, 1.0)
-            factors = request.factors[i, number]
-            if bool((factors != 1).any()):
+        """Plan P0: scales the heads inside the ``o_proj`` input ``[B, Q, H * d]``."""
+        found = (request.factors.get((i, number)) for i, _ in self.scales)
+        self._count(number, sum(int((factors != 1).sum()) for factors in found if factors is not None), request)
+        return self._scaled(number, x, request)
+
+    def _scaled(self, number: int, x: Tensor, request: Request) -> Tensor:
+        for i, _ in self.scales:
+            factors = request.factors.get((i, number))
+            if factors is not None and bool((factors != 1).any()):
                 shape = (*x.shape[:-1], self.heads, -1)
                 x = (x.reshape(shape) * factors[:, None, :, None].to(x.dtype)).reshape(x.shape)
-                request.edited[number] = request.edited.get(number, 0) + int((factors != 1).sum())
         return x
 
 
-def _pad(x: Tensor, keys: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, keys - x.shape[-1]))
+def _with_attention(edit: Edit, wanted: frozenset[int], attention: Collection[int], info: ModelInfo) -> frozenset[int]:
+    found = frozenset(wanted).intersection(attention)
+    if wanted and not found:
+        raise ValueError(
+            f"{edit.name}: none of its layers {sorted(wanted)} has attention in {info.family}; choose among "
+            f"{sorted(attention)}"
+        )
+    return found
+
+
+def _pad(x: Tensor, keys: int, value: float = 0.0) -> Tensor:
+    return torch.nn.functional.pad(x, (0, keys - x.shape[-1]), value=value)
+
+
+def _acting(found: KeyMap) -> KeyMap:
+    """The map without the parts that change nothing."""
+    scale = None if found.scale is None or bool((found.scale == 1).all()) else found.scale
+    boost = None if found.boost is None or not bool(found.boost.any()) else found.boost
+    return KeyMap(scale, boost)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .attention.plans import Labelled
 from .families import Media
-from .stages import RowScore
+from .stages import EncoderScore, KeyMap, RowScore, Words
 from .tokens import TokenMap
+
+if TYPE_CHECKING:
+    from .streams import TextStream
 
 
 @dataclass
@@ -48,7 +51,11 @@ class Request:
     labelled: dict[tuple[int, int], Labelled] = field(default_factory=dict, repr=False)
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     factors: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    text_last: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    maps: dict[tuple[int, int], KeyMap] = field(default_factory=dict, repr=False)
+    memory: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    encoder: dict[EncoderScore, Tensor] = field(default_factory=dict, repr=False)
+    words: Words | None = None
+    text: TextStream | None = field(default=None, repr=False)
     edited: dict[int, int] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     cache_id: int | None = None
@@ -65,6 +72,16 @@ class Request:
         """Roles of the prompt keys of one layer."""
         stage = self.stage_at(layer)
         return self.tokens if stage is None else stage.tokens
+
+    def slots_at(self, layer: int, x: Tensor) -> Tensor:
+        """Values ``[B, N]`` of the prompt's slots at the slots that reach ``layer``."""
+        return x if self.stage_at(layer) is None else x.gather(1, self.tokens_at(layer).index)
+
+    def words_at(self, layer: int) -> Words | None:
+        """Roles from the tokenizer at the slots that reach ``layer``."""
+        if self.words is None:
+            return None
+        return Words(*(self.slots_at(layer, x) for x in (self.words.question, self.words.content)))
 
     def kept(self, layer: int) -> list[Tensor]:
         """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""

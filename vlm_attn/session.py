@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import probe, profiles, pruning
 from .attention import interface
-from .attention.plans import Call, with_bias
+from .attention.call import Call
 from .capture import Capture, brings_media, by_name
 from .contrast import ContrastProcessor
 from .edits import Edits
@@ -33,6 +33,7 @@ from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
 from .request import Request
 from .stages import Contrast, Method, Prune, PruneView, Refine, Site
+from .streams import TextStream, read_ahead
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
@@ -86,7 +87,6 @@ class Session:
         self.refined = False
         self.recorder: Recorder | None = None
         self._suspended = 0
-        self._heads: dict[int, Tensor] | None = None
         self.capture = Capture(self.family)
         self._lm_start: float | None = None
         self._installed = Installation()
@@ -137,7 +137,7 @@ class Session:
         with lock_of(self.model):
             self._installed.undo()
             self.attached = False
-            self._suspended, self.recorder, self._heads = 0, None, None
+            self._suspended, self.recorder = 0, None
             self.capture.clear()
             if self.request is not None:
                 self.request.prompt_kwargs, self.request.media = {}, {}
@@ -252,24 +252,10 @@ class Session:
         request.seen, request.prefilled = tokens.length, True
         request.times["encode_s"] = sum(m.seconds for m in media.values())
         self.request = request
-        self._text_stream(ids, mask)
+        if self.edits.text_stream_layers:
+            request.text = TextStream(self, ids, mask, self.edits.paired)
+            request.times["text_stream_s"] = request.text.seconds
         return request
-
-    def _text_stream(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Runs the prompt without its image once and keeps the last head outputs (head-scale methods that ask)."""
-        layers = self.edits.text_stream_layers
-        if not layers or self.request is None:
-            return
-        start = time.perf_counter()
-        text_ids, text_mask = self.family.text_only(ids, mask)
-        self._heads = {}
-        try:
-            with self.suspended(), torch.no_grad():
-                self.family.read_text(text_ids, text_mask)
-            self.request.text_last = {n: self._heads[n] for n in layers}
-        finally:
-            self._heads = None
-        self.request.times["text_stream_s"] = time.perf_counter() - start
 
     # -------------------------------------------------------------------------------------------- decoder hooks
 
@@ -286,14 +272,17 @@ class Session:
                 return None
             self._window_fits(queries)
             self._lm_start = time.perf_counter()
+            changed = False
             if 0 in self.sites:
                 cut = pruning.stage(request.tokens, self._decide(self.sites[0], request), 0, None)
                 if cut is not None:
                     request.stages.append(cut[0])
                     request.entered = cut[0].tokens
-                    inputs = pruning.lm_prefill(cut[0], kwargs, self.backend)
-                    return args, self.family.prune_inputs(cut[0], inputs)
-            return None
+                    kwargs = pruning.lm_prefill(cut[0], kwargs, self.backend)
+                    kwargs, changed = self.family.prune_inputs(cut[0], kwargs), True
+            if self.edits.reads_ahead is not None:
+                read_ahead(self, self.edits.reads_ahead, kwargs)
+            return (args, kwargs) if changed else None
         running = self._running
         if running is None:
             if self._acts():
@@ -409,21 +398,21 @@ class Session:
             scaling=kwargs["scaling"],
             causal=interface.is_causal(module) if causal is None else bool(causal),
             softcap=kwargs.get("softcap"),
-            bias=self.edits.bias(layer, key.shape[2], request) if request is not None else None,
+            bias=None,
+            backend=self.backend,
         )
-        edited = self.edits.decode(layer, call, request) if request is not None else None
-        if edited is not None:
-            out, weights = edited, None
+
+        def run(q: Tensor, k: Tensor, v: Tensor, m: Any) -> interface.Result:
+            return base(module, q, k, v, m, **kwargs)
+
+        if request is None:
+            out, weights = run(query, key, value, mask)
         else:
-            q, k, v, m = with_bias(call, self.backend)
-            out, weights = base(module, q, k, v, m, **kwargs)
-            out = out[..., : query.shape[-1]]
-        if reading and self.recorder is not None:
-            self.recorder.take(layer, call)
-        if request is not None:
+            call, out, weights = self.edits.attend(layer, call, request, run)
             if call.queries == call.keys:
                 self._score(layer, call, request)
-            out = self.edits.apply(layer, call, out, request)
+        if reading and self.recorder is not None:
+            self.recorder.take(layer, call)
         return out, weights
 
     def _score(self, layer: int, call: Call, request: Request) -> None:
@@ -433,13 +422,12 @@ class Session:
                 request.scores[site.score] = call.weights(last)[:, :, 0].mean(1)
 
     def _before_o_proj(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        request = self._running
+        if self._suspended or request is None:
+            return None
         x: Tensor = args[0]
-        if self._heads is not None:
-            self._heads[number] = x[:, -1].reshape(x.shape[0], self.info.heads, -1)
-            return None
-        if self._suspended or self._running is None:
-            return None
-        scaled = self.edits.scale_heads(number, x, self._running)
+        self.edits.choose_factors(number, x, request)
+        scaled = self.edits.scale_heads(number, x, request)
         return None if scaled is x else ((scaled, *args[1:]), kwargs)
 
 

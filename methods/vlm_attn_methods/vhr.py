@@ -64,7 +64,7 @@ class VHR(HeadScale):
         first = {1} if self.include_layer1 and model.layers > 1 else set()
         return frozenset(first | set(range(model.layers - (self.last_layers or 0), model.layers)))
 
-    def factors(self, last: Tensor, text_last: Tensor | None) -> Tensor:
+    def factors(self, layer: int, last: Tensor, text_last: Tensor | None) -> Tensor:
         if text_last is None:
             raise ValueError("vhr ran without its text-only stream: call the model with input_ids")
         text = text_last.float()

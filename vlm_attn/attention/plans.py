@@ -1,161 +1,141 @@
-"""How one attention call is executed: which rows are recomputed exactly, and what is merged into the fused output.
+"""How edits of one attention call are executed: which rows are recomputed exactly, and what is merged into the output.
 
 Plans (spec names): P0 head scale lives at ``o_proj`` (see :mod:`vlm_attn.session`). P1/P2: a few rows are computed
-exactly and their change is added to the fused output. P3: for long text after the image in unpadded causal prompts,
-segments come from LSE-returning fused attention and are merged, so that no block of weights is ever held.
+exactly and their change is added to the fused output. P3: all-row edits run as scaled keys or augmented dimensions
+(:mod:`.call`), as LSE-merged segments (here), from column sums (:mod:`.columns`) or with extra keys (:mod:`.soft`),
+so that no full block of weights is ever held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..stages import SegmentEdit
-from . import masks, segments
-from .rows import chunks, row_outputs, row_weights
+from ..stages import EditView, RowEdit, SegmentEdit
+from . import segments
+from .call import Call, RowMap, fused_inputs
+from .rows import chunks, row_outputs
 
 # From this many edited rows on, the LSE route costs less memory than exact rows at equal work.
 FUSED_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Call:
-    """One attention call: rotated ``query [B, H, Q, d]``, ``key``/``value [B, Hkv, N, d]``, the backend's mask."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Any
-    scaling: float
-    causal: bool
-    softcap: float | None
-    bias: Tensor | None
-
-    @property
-    def queries(self) -> int:
-        """Number of query rows."""
-        return self.query.shape[2]
-
-    @property
-    def keys(self) -> int:
-        """Number of keys."""
-        return self.key.shape[2]
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """Exact fp32 weights ``[B, H, R, N]`` of the query rows ``rows [R]``, biases included."""
-        mask = masks.row_bias(
-            self.mask, rows, self.query.shape[0], self.queries, self.keys, self.query.device, self.causal
-        )
-        query = self.query.index_select(2, rows)
-        bias = None if self.bias is None else self.bias[:, :, None, :]
-        return row_weights(query, self.key, self.scaling, mask, bias, self.softcap)
-
-
-def with_bias(call: Call, backend: str) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Arguments ``(query, key, value, mask)`` that make a plain attention function add ``call.bias``.
-
-    Few rows and the eager backend: an additive mask. Otherwise the augmented dimension: ``q~ = [q, 1]`` and
-    ``k~ = [k, bias / scaling]``, so that fused kernels need no mask; the output is sliced back to ``d``.
-    """
-    bias = call.bias
-    if bias is None:
-        return call.query, call.key, call.value, call.mask
-    b, h, q, d = call.query.shape
-    if backend == "eager" or q == 1 or call.softcap is not None:
-        rows = torch.arange(q, device=call.query.device)
-        mask = masks.row_bias(call.mask, rows, b, q, call.keys, call.query.device, call.causal)
-        total = bias[:, :, None, :] if mask is None else mask + bias[:, :, None, :]
-        return call.query, call.key, call.value, total.expand(b, h, q, -1).to(call.query.dtype)
-    kv = call.key.shape[1]
-    if bias.shape[1] not in (1, kv):
-        raise ValueError(
-            "a per-head key bias inside a key/value group needs the eager backend; use one bias per group"
-        )
-    extra = 8
-    query = torch.nn.functional.pad(call.query, (0, extra))
-    query[..., d] = 1.0
-    key = torch.nn.functional.pad(call.key, (0, extra))
-    key[..., d] = (bias / call.scaling).to(key.dtype)
-    return query, key, torch.nn.functional.pad(call.value, (0, extra)), call.mask
-
-
-@dataclass(frozen=True)
 class Labelled:
-    """An edit with the labels of one layer's prompt keys (uint8 ``[B, n]``; later keys have label 0).
+    """A segment edit with the labels of one layer's prompt keys (uint8 ``[B, n]`` or ``[B, H, n]``).
 
-    ``members`` fp32 ``[B, 1, n, G]`` is the one-hot form, ``counts`` fp32 ``[B, G]`` the segment sizes.
+    ``members`` fp32 ``[B, 1 or H, n, G]`` is the one-hot form, ``counts`` fp32 ``[B, G]`` or ``[B, H, G]`` the segment
+    sizes, ``heads`` bool ``[H]`` the edited heads (None = all).
     """
 
     edit: SegmentEdit
     labels: Tensor
     members: Tensor
     counts: Tensor
+    heads: Tensor | None = None
 
     @classmethod
-    def of(cls, edit: SegmentEdit, labels: Tensor) -> Labelled:
+    def of(cls, edit: SegmentEdit, labels: Tensor, heads: Tensor | None = None) -> Labelled:
         """Computes the derived forms once."""
         members = torch.nn.functional.one_hot(labels.long(), edit.segments).float()
-        return cls(edit, labels, members[:, None], members.sum(1))
+        counts = members.sum(-2)
+        return cls(edit, labels, members[:, None] if labels.dim() == 2 else members, counts, heads)
+
+    def scales(self, masses: Tensor) -> Tensor:
+        """The edit's factors ``[B, H, R, G]``, 1 in heads it leaves alone."""
+        scales = self.edit.scales(masses, self.counts)
+        return scales if self.heads is None else torch.where(self.heads[None, :, None, None], scales, 1.0)
 
     def apply(self, weights: Tensor, active: Tensor) -> Tensor:
         """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]``."""
-        n = self.labels.shape[1]
-        prompt = weights[..., :n]
-        scales = torch.where(active, self.edit.scales(prompt @ self.members, self.counts), 1.0)
-        edited = prompt * (scales @ self.members.transpose(2, 3))
-        return edited if n == weights.shape[-1] else torch.cat([edited, weights[..., n:]], dim=-1)
+        n = self.labels.shape[-1]
+        prompt, new = weights[..., :n], weights[..., n:]
+        masses = prompt @ self.members
+        masses[..., self.edit.generated] += new.sum(-1)
+        scales = torch.where(active, self.scales(masses), 1.0)
+        edited = prompt * (scales @ self.members.transpose(-1, -2))
+        if not new.shape[-1]:
+            return edited
+        return torch.cat([edited, new * scales[..., self.edit.generated, None]], dim=-1)
 
 
-def edit_decode(call: Call, gate: Tensor, edits: Sequence[Labelled]) -> tuple[Tensor | None, int]:
+@dataclass(frozen=True)
+class Remembered:
+    """A row edit with what it remembers of the prompt and the roles of all keys of the call."""
+
+    edit: RowEdit
+    view: EditView
+    memory: Tensor | None
+
+    def apply(self, weights: Tensor, active: Tensor) -> Tensor:
+        """The weights ``[B, H, 1, N]`` of the last row after the edit, in the samples where ``active [B, 1, 1, 1]``."""
+        edited = self.edit.edit(weights[:, :, 0], self.view, self.memory)[:, :, None]
+        return torch.where(active, edited, weights)
+
+
+Item = Labelled | Remembered
+Gated = tuple[Item, Tensor]
+"""An edit and the rows it acts in, bool ``[B, Q]``."""
+
+
+def edit_decode(call: Call, edits: Sequence[Gated]) -> tuple[Tensor | None, int]:
     """Plan P1: the one new row is computed exactly, edited, and used as it is; no fused call runs beside it.
-
-    Args:
-        gate: bool ``[B]``, the samples that count.
 
     Returns:
         output ``[B, 1, H, d]``, or None where no weight changes (the caller then runs the backend), and the number
         of (sample, head) pairs that were edited.
     """
-    weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.query.device))
-    current = weights
-    for item in edits:
-        current = item.apply(current, gate[:, None, None, None])
+    row = torch.zeros(1, dtype=torch.long, device=call.query.device)
+    weights = call.weights(row, maps=())
+    current = call.weights(row) if call.maps else weights
+    for item, gate in edits:
+        current = item.apply(current, gate[:, None, :, None])
     edited = int(current.ne(weights).any(-1).sum())
     if edited == 0:
         return None, 0
     return row_outputs(current, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), edited
 
 
-def edit_rows(call: Call, out: Tensor, rows: Tensor, gate: Tensor, edits: Sequence[Labelled]) -> tuple[Tensor, int]:
-    """Applies segment edits to some rows of a fused output.
+def edit_rows(call: Call, out: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, int]:
+    """Applies pending logit maps and edits to the rows of a fused output that they act in.
 
     Args:
-        out: ``[B, Q, H, d]`` output of the untouched attention.
-        rows: query rows ``[R]`` to look at.
-        gate: bool ``[B, R]``, the rows that count in each sample.
-        edits: labelled edits in composition order.
+        out: ``[B, Q, H, d]`` output of the attention that ran (biases and folded maps included).
+        edits: edits in composition order.
 
     Returns:
         The output and the number of (sample, head, row) triples that were edited.
     """
-    plain = call.mask is None and call.causal and call.bias is None and call.softcap is None
-    if plain and call.queries == call.keys and rows.numel() >= FUSED_ROWS and len(edits) == 1 and bool(gate.all()):
-        return _edit_fused(call, out, rows, edits[0])
-    edited = 0
-    batch, heads = call.query.shape[:2]
+    wanted = [m.gate for m in call.pending] + [gate for _, gate in edits]
+    rows = torch.stack(wanted).any(0).any(0).nonzero()[:, 0] if wanted else torch.zeros(0)
+    if rows.numel() == 0:
+        return out, 0
+    if not edits and len(call.pending) == 1 and call.pending[0].boost is None and call.softcap is None:
+        return _scaled_rows(call, out, rows)
+    if call.plain and rows.numel() >= FUSED_ROWS and len(edits) == 1:
+        item, gate = edits[0]
+        shared = isinstance(item, Labelled) and item.labels.dim() == 2 and item.heads is None
+        if isinstance(item, Labelled) and shared and bool(gate[:, rows].all()):
+            return _edit_fused(call, out, rows, item)
+    return _edit_exact(call, out, rows, edits)
+
+
+def _edit_exact(call: Call, out: Tensor, rows: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, int]:
+    """Plan P2: the rows' weights before and after; the change of their outputs is added."""
+    edited, last = 0, call.queries - 1
     result: Tensor | None = None
-    start = 0
-    for part in chunks(rows, batch, heads, call.keys):
-        weights = call.weights(part)
-        active = gate[:, None, start : start + part.numel(), None]
-        start += part.numel()
-        current = weights
-        for item in edits:
-            current = item.apply(current, active)
+    for part in chunks(rows, call.query.shape[0], call.query.shape[1], call.keys):
+        weights = call.weights(part, maps=call.folded)
+        current = call.weights(part) if call.pending else weights
+        for item, gate in edits:
+            if isinstance(item, Labelled):
+                current = item.apply(current, gate[:, None, part, None])
+            elif int(part[-1]) == last:
+                newest = item.apply(current[:, :, -1:], gate[:, None, last:, None])
+                current = torch.cat([current[:, :, :-1], newest], dim=2)
         change = current - weights
         touched = change.ne(0).any(-1)
         if bool(touched.any()):
@@ -166,8 +146,23 @@ def edit_rows(call: Call, out: Tensor, rows: Tensor, gate: Tensor, edits: Sequen
     return (out if result is None else result), edited
 
 
+def _scaled_rows(call: Call, out: Tensor, rows: Tensor) -> tuple[Tensor, int]:
+    """Plan P3 for a multiplicative map: its rows run once more, on scaled keys, and replace their outputs."""
+    gate = call.pending[0].gate[:, rows]
+    maps = tuple(replace(m, everywhere=True) for m in call.maps)
+    part = replace(call, query=call.query.index_select(2, rows), mask=call.visible(rows), maps=maps, backend="sdpa")
+    query, key, value, mask = fused_inputs(part)
+    scaled = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=call.scaling, enable_gqa=True
+    )
+    scaled = scaled[..., : call.query.shape[-1]].transpose(1, 2)
+    result = out.clone()
+    result[:, rows] = torch.where(gate[:, :, None, None], scaled.to(out.dtype), out[:, rows])
+    return result, int(gate.sum()) * call.query.shape[1]
+
+
 def _edit_fused(call: Call, out: Tensor, rows: Tensor, item: Labelled) -> tuple[Tensor, int]:
-    """Plan P3: ``O' = O + sum_g (s_g - 1) M_g O_g`` with (O_g, L_g) of the gathered segments and L of all keys."""
+    """Plan P3: ``O' = s_0 O + sum_g (s_g - s_0) M_g O_g`` with (O_g, L_g) of the gathered segments, L of all keys."""
     edit, labels, counts = item.edit, item.labels, item.counts
     query = call.query.index_select(2, rows)
     _, lse = segments.attend(call.query, call.key, call.value, call.scaling, causal=True)
@@ -192,13 +187,17 @@ def _edit_fused(call: Call, out: Tensor, rows: Tensor, item: Labelled) -> tuple[
         outputs.append(part)
     segment_mass = torch.stack(masses, dim=-1)
     rest = (1 - segment_mass.sum(-1, keepdim=True)).clamp(min=0)
-    scales = edit.scales(torch.cat([rest, segment_mass], dim=-1), counts)
-    touched = (scales[..., 1:] != 1).any(-1)
+    scales = item.scales(torch.cat([rest, segment_mass], dim=-1))
+    touched = (scales != 1).any(-1)
     if not bool(touched.any()):
         return out, 0
-    delta = sum(
-        ((scales[..., g + 1] - 1) * masses[g])[..., None] * outputs[g].float() for g in range(edit.segments - 1)
-    )
+    base = scales[..., 0]
     result = out.clone()
-    result[:, rows] = (result[:, rows].float() + delta.transpose(1, 2)).to(out.dtype)  # type: ignore[union-attr]
+    delta = (base - 1)[..., None] * result[:, rows].float().transpose(1, 2)
+    for g in range(1, edit.segments):
+        delta = delta + ((scales[..., g] - base) * masses[g - 1])[..., None] * outputs[g - 1].float()
+    result[:, rows] = (result[:, rows].float() + delta.transpose(1, 2)).to(out.dtype)
     return result, int(touched.sum())
+
+
+__all__ = ["Call", "Gated", "Labelled", "Remembered", "RowMap", "edit_decode", "edit_rows", "fused_inputs"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.plans import Call
+from ..attention.call import Call
 
 
 class Recorder:

@@ -1,0 +1,89 @@
+"""Column statistics of a layer's own attention, and the all-row edits that follow from them (plan P3).
+
+Row blocks are worked off one after the other: the column sums, the LSE of each row and, in a second sweep over the few
+labelled keys alone, the merge. No block larger than ``rows.CHUNK_ELEMENTS`` is held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .plans import Labelled
+from .rows import chunks, row_logits
+
+
+def column_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean weight that each key receives from the valid rows that see it, and the LSE of every row.
+
+    Args:
+        valid: bool ``[B, Q]``, rows that count.
+        heads: int64 ``[S]``, the query heads to look at.
+
+    Returns:
+        fp32 means ``[B, S, N]`` (0 where no row sees the key) and LSE ``[B, S, Q]``.
+    """
+    batch, keys = call.query.shape[0], call.keys
+    rows = torch.arange(call.queries, device=call.query.device)
+    sums = call.query.new_zeros((batch, len(heads), keys), dtype=torch.float32)
+    seen = call.query.new_zeros((batch, 1, keys), dtype=torch.float32)
+    lse = []
+    for part in chunks(rows, batch, len(heads), keys):
+        logits = call.logits(part, heads)
+        lse.append(logits.logsumexp(-1))
+        counted = valid[:, None, part].float()
+        sums += (counted[..., None, :] @ (logits - lse[-1][..., None]).exp())[:, :, 0]
+        visible = call.visible(part).expand(batch, -1, -1, -1)[:, 0].float()
+        seen += counted @ visible
+    return torch.where(seen > 0, sums / seen.clamp(min=1), 0.0), torch.cat(lse, dim=-1)
+
+
+def edit_labelled(
+    call: Call, out: Tensor, item: Labelled, heads: Tensor, lse: Tensor, valid: Tensor
+) -> tuple[Tensor, int]:
+    """``O' = s_0 O + sum_g (s_g - s_0) M_g O_g`` in all valid rows, the labelled keys gathered per head.
+
+    Args:
+        item: edit whose labels ``[B, H, N]`` are 0 for most keys.
+        heads: int64 ``[S]``, the edited query heads; lse: ``[B, S, Q]`` of all keys in these heads.
+        valid: bool ``[B, Q]``, the rows that are edited.
+
+    Returns:
+        The output and the number of (sample, head, row) triples that were edited.
+    """
+    labels = item.labels[:, heads]
+    size = int((labels > 0).sum(-1).max())
+    if size == 0:
+        return out, 0
+    index = torch.argsort((labels == 0).to(torch.uint8), dim=-1, stable=True)[..., :size]
+    label = labels.gather(-1, index).long()
+    query, key, value = call.heads(heads)
+    wide = index[..., None].expand(-1, -1, -1, key.shape[-1])
+    key, value = key.gather(2, wide), value.gather(2, wide).float()
+    counts = item.counts[:, heads] if item.counts.dim() == 3 else item.counts
+    result, edited = out.clone(), 0
+    start = 0
+    for part in chunks(torch.arange(call.queries, device=out.device), out.shape[0], len(heads), size):
+        logits = row_logits(query.index_select(2, part), key, call.scaling, call.softcap)
+        for mapped in call.maps:
+            logits = mapped.apply(logits, part, index)
+        if call.bias is not None:
+            bias = call.bias.expand(-1, out.shape[2], -1)[:, heads]
+            logits = logits + bias.gather(2, index)[:, :, None, :]
+        visible = call.visible(part).expand(out.shape[0], len(heads), -1, -1)
+        visible = visible.gather(3, index[:, :, None, :].expand(-1, -1, part.numel(), -1))
+        block = (logits - lse[:, :, start : start + part.numel(), None]).exp() * visible
+        start += part.numel()
+        member = torch.nn.functional.one_hot(label, item.edit.segments).float()
+        member[..., 0] = 0.0  # fillers where a head has fewer labelled keys than another
+        masses = block @ member
+        masses[..., 0] = (1 - masses[..., 1:].sum(-1)).clamp(min=0)
+        scales = torch.where(valid[:, None, part, None], item.edit.scales(masses, counts), 1.0)
+        edited += int((scales != 1).any(-1).sum())
+        base = scales[..., :1]
+        per_key = (scales - base) @ member.transpose(-1, -2)
+        before = out[:, part][:, :, heads].transpose(1, 2).float()
+        after = base * before + (block * per_key) @ value
+        result[:, part[:, None], heads[None]] = after.transpose(1, 2).to(out.dtype)
+    return result, edited
