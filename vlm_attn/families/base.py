@@ -378,8 +378,14 @@ def assign(kinds: Tensor, layouts: list[list[Layout]]) -> list[list[Layout]]:
     return rows
 
 
+def beside(picture: Tensor) -> Tensor:
+    """bool ``[B, N]``: the slots next to a run of ``picture`` slots, on either side."""
+    padded = torch.nn.functional.pad(picture, (1, 1))
+    return (padded[:, 2:] | padded[:, :-2]) & ~picture
+
+
 def _first(owner: Any, names: Sequence[str]) -> Any:
     return next((part for name in names if (part := getattr(owner, name, None)) is not None), None)
 
 
-__all__ = ["KINDS", "Family", "Grid", "Layout", "Media", "Shadow", "SquareGrid", "assign"]
+__all__ = ["KINDS", "Family", "Grid", "Layout", "Media", "Shadow", "SquareGrid", "assign", "beside"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..geometry import ImageGeometry
 from ..tokens import Layout
+from .base import beside
 from .llava import Llava
 
 
@@ -33,3 +36,7 @@ class Janus(DeepseekVL):
         "decode": "its generate() drops logits processors, so a second branch cannot take part; use an edit or a "
         "pruning method"
     }
+
+    def framing(self, input_ids: Tensor) -> Tensor:
+        """The start and the end token of every picture."""
+        return beside(input_ids == self.placeholders["image"])

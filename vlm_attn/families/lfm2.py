@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from ..geometry import ImageGeometry, tile_of
 from ..tokens import Grid, Layout
-from .base import Family, Media
+from .base import Family, Media, beside
 
 
 class Lfm2VL(Family):
@@ -38,6 +40,10 @@ class Lfm2VL(Family):
                 start += math.prod(grid)
                 last = slots[min(start, len(slots)) - 1]
         return [Layout.of_views(*views) for views in pictures]
+
+    def framing(self, input_ids: Tensor) -> Tensor:
+        """Start, end and the tags of the tiles stand next to placeholders."""
+        return beside(input_ids == self.placeholders["image"])
 
     def geometry(self, image_processor: Any, size: tuple[int, int], layout: Layout) -> list[ImageGeometry]:
         """Everything is stretched; the processor's own arithmetic says how many tiles lie side by side."""
