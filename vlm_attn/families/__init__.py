@@ -29,6 +29,7 @@ from .paligemma import PaliGemma
 from .pixtral import Mistral3
 from .qwen_vl import DeepStack, LinearLayers, MergedGrid
 from .tiled import AyaVision, Cohere2Vision, Idefics2, Idefics3, PerceptionLM, Tiled
+from .video_llama3 import VideoLlama3
 
 # transformers' model_type -> adapter.
 ADAPTERS: dict[str, type[Family]] = {
@@ -70,6 +71,7 @@ ADAPTERS: dict[str, type[Family]] = {
     "glm4v_moe": Glm4v,
     "glm_ocr": Glm4v,
     "ernie4_5_vl_moe": ErnieVL,
+    "video_llama_3": VideoLlama3,
 }
 
 # Vision-language models that cannot be served, and why.

@@ -141,14 +141,17 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 class Qwen35(Qwen3VL):
-    """Qwen3.5: gated linear attention and gated full attention in turn; half of sixteen channels are rotated."""
+    """Qwen3.5: gated linear attention and gated full attention in turn; half of sixteen channels are rotated.
+
+    Six layers, so that the middle ones, where many methods act, hold both kinds.
+    """
 
     name = "qwen3_5"
     stem = "Qwen3_5"
     tower: ClassVar[dict[str, Any]] = {**Merged.tower, "num_position_embeddings": 64}
     decoder: ClassVar[dict[str, Any]] = {
         "rope_parameters": rope(2, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.5), "head_dim": 16,
-        "full_attention_interval": 2, "linear_key_head_dim": 8,
+        "num_hidden_layers": 6, "full_attention_interval": 2, "linear_key_head_dim": 8,
         "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     }  # fmt: skip
 
