@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from vlm_attn.evaluation.rates import ratio, retrieval
 
@@ -66,13 +67,19 @@ class ObjectWords:
                     double[form] = form
         return cls(nodes=nodes, double_words=double, name=name)
 
+    @cached_property
+    def _first_words(self) -> frozenset[str]:
+        return frozenset(pair.split(" ", 1)[0] for pair in self.double_words)
+
     def join(self, words: Sequence[str]) -> list[str]:
         """The tokens with double words joined, left to right."""
+        first, last = self._first_words, len(words) - 1
         out: list[str] = []
         place = 0
         while place < len(words):
-            joined = self.double_words.get(" ".join(words[place : place + 2])) if place + 1 < len(words) else None
-            out.append(words[place] if joined is None else joined)
+            word = words[place]
+            joined = self.double_words.get(f"{word} {words[place + 1]}") if word in first and place < last else None
+            out.append(word if joined is None else joined)
             place += 1 if joined is None else 2
         return out
 

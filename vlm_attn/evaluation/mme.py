@@ -1,7 +1,7 @@
 """MME-style scoring: per category accuracy, and acc+ = share of images with both questions right.
 
 An image carries two questions per category, one whose answer is yes and one whose answer is no. The score of a
-category is ``100 * acc + 100 * acc+`` (at most 200).
+category is ``100 * acc + 100 * acc+`` (at most 200). Source: Fu et al., "MME", arXiv:2306.13394.
 """
 
 from __future__ import annotations
@@ -9,16 +9,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.rates import ratio
 
-__all__ = ["MmeAnswer", "mme_metrics", "mme_parse"]
+__all__ = ["READINGS", "MmeAnswer", "mme_metrics", "mme_parse"]
 
 
-def mme_parse(text: str) -> str:
-    """ "yes", "no" or "other": exact match after lower-casing, else "yes" then "no" within the first 4 characters."""
+READINGS = ("official", "lmms")
+
+
+def mme_parse(text: str, reading: str = "official") -> str:
+    """ "yes", "no" or "other".
+
+    ``official``: lower-case; exact match, else "yes" then "no" within the first 4 characters. ``lmms`` (lmms-eval)
+    strips blanks and periods first and also takes "y" and "n".
+    """
     if not isinstance(text, str):
         raise TypeError(f"An answer must be a string, got {type(text).__name__}: {text!r:.80}")
-    answer = text.strip().lower()
+    if reading not in READINGS:
+        raise ValueError(unknown_name("MME reading", reading, READINGS))
+    answer = text.lower()
+    if reading == "lmms":
+        answer = answer.strip().replace(".", "")
+        answer = {"y": "yes", "n": "no"}.get(answer, answer)
     if answer in ("yes", "no"):
         return answer
     head = answer[:4]
@@ -35,10 +48,11 @@ class MmeAnswer:
     pair: str
     label: str
     text: str
+    reading: str = "official"
 
     @property
     def correct(self) -> bool:
-        return mme_parse(self.text) == self.label
+        return mme_parse(self.text, self.reading) == self.label
 
 
 def mme_metrics(answers: Iterable[MmeAnswer]) -> dict[str, float]:

@@ -17,7 +17,8 @@ the label, as its authors do).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -57,8 +58,9 @@ def _strict(text: str, label: str) -> str:
 def _vlmevalkit(text: str, label: str) -> str:
     text = text.lower()
     out = text
-    number = _COMMA_IN_NUMBER.search(text) is not None
-    for mark in _VQA_PUNCTUATION:
+    marks = [mark for mark in _VQA_PUNCTUATION if mark in text]
+    number = bool(marks) and _COMMA_IN_NUMBER.search(text) is not None
+    for mark in marks:
         joined = mark + " " in text or " " + mark in text or number
         out = out.replace(mark, "" if joined else " ")
     words = _PERIOD.sub("", out).split()
@@ -200,18 +202,23 @@ def pope_metrics(
         for place, (a, b) in enumerate(zip(answer_ids, label_ids, strict=True)):
             if a != b:
                 raise ValueError(f"Id mismatch at position {place}: answer {a!r}, label {b!r}. Sort both by id.")
-    rule = get_parser(parser)
-    tp = fp = tn = fn = correct = yes = unknown = 0
-    for text, raw in zip(answers, labels, strict=True):
+    for text in answers:
         if not isinstance(text, str):
             raise TypeError(f"An answer must be a string, got {type(text).__name__}: {text!r:.80}")
-        label = check_label(raw)
+    return tally(Counter(zip(answers, map(check_label, labels), strict=True)), parser)
+
+
+def tally(counts: Mapping[tuple[str, str], int], parser: str = "pope") -> PopeScore:
+    """`pope_metrics` of answers already counted: (text, label) -> how often. Most answers of a file are equal."""
+    rule = get_parser(parser)
+    tp = fp = tn = fn = correct = yes = unknown = 0
+    for (text, label), times in counts.items():
         prediction = rule.read(text, label)
-        unknown += prediction == UNKNOWN
-        row = outcome(prediction, label, rule.unknown)
+        unknown += times * (prediction == UNKNOWN)
+        row = [times * count for count in outcome(prediction, label, rule.unknown)]
         tp, fp, tn, fn = tp + row[0], fp + row[1], tn + row[2], fn + row[3]
         correct, yes = correct + row[4], yes + row[5]
-    n = len(labels)
+    n = sum(counts.values())
     return PopeScore(
         parser=parser,
         n=n,

@@ -28,11 +28,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file: temporary file beside it, sync, rename. Readers see old or new content, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk keeps the old file and gets its room back
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
