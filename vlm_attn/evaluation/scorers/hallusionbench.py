@@ -1,8 +1,9 @@
 """HallusionBench: yes/no questions about original and edited figures, counted alone, per figure and per group.
 
-aAcc = right / all questions; fAcc = figures all of whose questions are right; qAcc = question groups that are right on
-every figure. ``VD`` questions need the figure, ``VS`` questions are also asked without one (figure 0), where being unsure
-is right. The paper lets GPT-4 judge; without a judge yes and no are read from the answer, and anything else is unsure.
+aAcc = right / all questions; fAcc = figures all of whose questions are right; qAcc = question groups that are right
+on every figure. ``VD`` questions need the figure, ``VS`` questions are also asked without one (figure 0), where being
+unsure is right. The paper lets GPT-4 judge; without a judge yes and no are read from the answer, and anything else is
+unsure.
 
 Source: Guan et al., "HallusionBench", arXiv:2310.14566.
 """
@@ -99,7 +100,7 @@ def score(
         settings={
             "questions": questions,
             "partial": partial,
-            "judge": "yes" if replies or judge else f"none: {parser}",
+            "judge": "yes" if replies or judge else f"none, parser {parser}",
         },
         details={"unsure": verdicts.count("unsure")},
         files={path.name: file_hash(path) for path in (source, answers, *([Path(replies)] if replies else []))},

@@ -1,8 +1,8 @@
 """MME: the hallucination subset (existence, count, position, color) and the whole benchmark (14 categories).
 
 Layouts: the evaluation tool's folder with one tab-separated file per category (image, question, truth, answer), JSON
-rows with ``category``, or LLaVA's rows whose ``question_id`` is ``category/image``. The two questions of an image share
-its id, so rows are joined by category, image and question.
+rows with ``category``, or LLaVA's rows whose ``question_id`` is ``category/image``. The two questions of an image
+share its id, so rows are joined by category, image and question.
 
 Source: Fu et al., "MME: A Comprehensive Evaluation Benchmark", arXiv:2306.13394; metrics in `vlm_attn.evaluation.mme`.
 """
@@ -46,13 +46,18 @@ def totals(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def score(
-    answers: Path, data: Path, *, reading: str = "official", text_key: str | None = None, partial: bool = False
+    answers: Path,
+    data: Path | None = None,
+    *,
+    reading: str = "official",
+    text_key: str | None = None,
+    partial: bool = False,
 ) -> Report:
     """Score an answer file or a tool folder.
 
     Args:
-        data: folder (or file) with the questions as JSON lines ``category, image, question, answer``. A tool folder
-            carries its own truth; categories that the questions lack are then taken from there.
+        data: folder (or file) with the questions as JSON lines ``category, image, question, answer``. Rows may carry
+            the truth themselves, as those of a tool folder do: categories without questions are scored by that.
         reading: ``official`` or ``lmms`` (see `mme.mme_parse`).
         partial: accept a part of a category's questions.
     """
@@ -97,8 +102,10 @@ def score(
     )  # fmt: skip
 
 
-def _questions(data: Path) -> tuple[list[Question], list[Path]]:
+def _questions(data: Path | None) -> tuple[list[Question], list[Path]]:
     """All questions of the data folder."""
+    if data is None:
+        return [], []
     if not data.exists():
         raise FileNotFoundError(f"The data folder {data} does not exist.")
     paths = [data] if data.is_file() else sorted({*data.glob("mme*.json*"), *(data / "mme").glob("mme*.json*")})
@@ -130,8 +137,8 @@ def _tool_rows(folder: Path) -> list[Answer]:
             cells = line.removesuffix("\r").split("\t", 3)
             if len(cells) < 4:
                 raise ValueError(
-                    f"{path.name}, line {number} has {len(cells)} of the 4 columns image, question, truth, answer: the "
-                    "file is cut off, or an answer holds a line break."
+                    f"{path.name}, line {number} has {len(cells)} of the 4 columns image, question, truth, answer: "
+                    "the file is cut off, or an answer holds a line break."
                 )
             image, question, truth, text = cells
             fields = {"category": path.stem, "image": image, "question": question, "label": truth}
@@ -148,9 +155,7 @@ def _with_category(row: Answer) -> Answer:
     if len(parts) > 1:
         category, image = category or parts[0], image or parts[-1]
     if category is None or image is None:
-        raise ValueError(
-            f"{row.place} names no category or no image (neither by field nor as question_id category/image)."
-        )
+        raise ValueError(f"{row.place} names no category and image, by field or as question_id category/image.")
     return Answer(row.text, {**row.fields, "category": str(category), "image": str(image)}, row.place)
 
 
@@ -166,9 +171,7 @@ def _question_key(question: Question) -> tuple[str, str, str]:
 def _answer_key(row: Answer) -> tuple[str, str, str]:
     asked = row.get(*QUESTION_FIELDS)
     if not isinstance(asked, str):
-        raise ValueError(
-            f"{row.place} has no question or prompt: the two questions of an MME image cannot be told apart."
-        )
+        raise ValueError(f"{row.place} has no question or prompt: the two questions of an image cannot be told apart.")
     return row.fields["category"], file_stem(row.fields["image"]), _wording(asked)
 
 

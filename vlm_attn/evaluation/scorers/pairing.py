@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vlm_attn.evaluation.parsers import repeated
+from vlm_attn.evaluation.parsers import check_label, repeated
 from vlm_attn.evaluation.scorers.files import Answer, Row, clean_question, image_number
 
 __all__ = ["ID_FIELDS", "IMAGE_FIELDS", "Question", "pair"]
@@ -129,9 +129,20 @@ def _agree(question: Question, answer: Answer) -> None:
             f"{answer.place} is about image {image!r:.80}, but question {question.id} about {question.image!r}: "
             "the answers belong to another question file, or stand in another order."
         )
+    label = answer.get("label")
+    if label is not None and "label" in question.row and _label(answer, label) != question.row["label"]:
+        raise ValueError(f"{answer.place} has the label {label!r}, but question {question.id} has the other one.")
     asked = _asked(answer)
     if asked is not None and question.text and clean_question(question.text).lower() not in asked.lower():
         raise ValueError(
             f"{answer.place} answers {asked!r:.120}, but question {question.id} is {question.text!r:.120}: "
             "the answers belong to another question file, or stand in another order."
         )
+
+
+def _label(answer: Answer, label: Any) -> str:
+    """A label that an answer file repeats: yes and no, or 1 and 0."""
+    try:
+        return check_label({1: "yes", 0: "no"}[label] if isinstance(label, int) and label in (0, 1) else label)
+    except ValueError as error:
+        raise ValueError(f"{answer.place}: {error}") from None
