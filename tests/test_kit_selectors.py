@@ -18,6 +18,11 @@ def test_topk(seed: int) -> None:
     assert selectors.topk(a, k).tolist() == [loops.top(row, k) for row in a.tolist()]
 
 
+def test_the_earlier_token_wins_a_tie_among_many() -> None:
+    a = torch.arange(2000).remainder(4).float()
+    assert selectors.topk(a, 501).tolist() == loops.top(a.tolist(), 501)
+
+
 @fifty
 def test_topk_of_visible_tokens_is_capped_per_image(seed: int) -> None:
     a, visible, k = draw(seed, 4, 12), draw(seed + 1, 4, 12) > 0.5, 1 + seed % 8

@@ -1,10 +1,12 @@
 """Mechanics of token removal: before the language model, or between decoder layers, with ragged caches.
 
-Original positions are kept. Samples that keep fewer tokens than the longest one carry filler slots that nobody sees.
+Original positions are kept, or the gaps are closed when a method renumbers. Samples that keep fewer tokens than the
+longest one carry filler slots that nobody sees.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +51,64 @@ def stage(tokens: TokenMap, keep: Tensor, layer: int, previous: PruneStage | Non
     inside = previous is not None and layer > 0 and previous.layer > 0
     idx = previous.idx.gather(1, relative) if inside and previous is not None else relative
     return PruneStage(layer, idx, valid, tokens.gather(relative, valid)), relative
+
+
+def renumbered(stage: PruneStage, entered: TokenMap) -> PruneStage:
+    """The stage with the tokens counted that left in front of each slot, so that positions can close the gaps.
+
+    Args:
+        entered: roles of the sequence that ``stage.idx`` counts in.
+    """
+    there, here = entered.vis.long(), stage.tokens.vis.long()
+    before = (there.cumsum(1) - there).gather(1, stage.idx) - (here.cumsum(1) - here)
+    return dataclasses.replace(stage, before=before, gone=there.sum(1) - here.sum(1))
+
+
+def rotary(family: Family, hidden: Tensor, positions: Any, tables: Any = None) -> Any:
+    """Rotary tables of ``positions [B or 1, n]`` from the decoder's own module.
+
+    Args:
+        tables: the model's tables of these positions; the module must reproduce them.
+
+    Raises:
+        UnsupportedError: it does not, so positions cannot be renumbered on this family.
+    """
+    reason = f"{family.name}: positions cannot be renumbered on this family; use positions='keep'"
+    module = getattr(family.lm, "rotary_emb", None)
+    if module is None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        raise UnsupportedError(reason)
+    try:
+        made = module(hidden, positions)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+        raise UnsupportedError(reason) from error
+    if tables is not None:
+        same = isinstance(tables, tuple) and len(tables) == len(made)
+        if not same or any(a.shape != b.shape or not torch.allclose(a, b) for a, b in zip(made, tables)):
+            raise UnsupportedError(reason)
+    return made
+
+
+def shift_prefill(pruned: PruneStage, family: Family, hidden: Tensor, before: Any, after: dict[str, Any]) -> None:
+    """Closes the gaps in the positions of a prefill from layer ``pruned.layer > 0`` on.
+
+    Args:
+        hidden: kept hidden states ``[B, n, D]``.
+        before: layer arguments over the whole sequence.
+        after: layer arguments on the kept slots; changed in place.
+    """
+    if "tables" not in pruned.shifted:
+        rotary(family, hidden, before.get("position_ids"), before.get("position_embeddings"))
+        positions = after["position_ids"] - pruned.before
+        pruned.shifted["tables"] = positions, rotary(family, hidden, positions)
+    after["position_ids"], after["position_embeddings"] = pruned.shifted["tables"]
+
+
+def shift_decode(pruned: PruneStage, family: Family, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Layer arguments of later calls at renumbered positions."""
+    if pruned.gone is None or pruned.layer == 0:
+        return kwargs
+    positions = kwargs["position_ids"] - pruned.gone[:, None]
+    return {**kwargs, "position_ids": positions, "position_embeddings": rotary(family, hidden, positions)}
 
 
 def take(x: Tensor, idx: Tensor) -> Tensor:
@@ -117,6 +177,10 @@ def lm_prefill(pruned: PruneStage, kwargs: dict[str, Any], backend: str) -> dict
         positions = torch.arange(length, device=embeds.device)[None]
     out["inputs_embeds"] = take(embeds, pruned.idx)
     out["position_ids"] = last_axis(positions, pruned.idx)
+    if pruned.before is not None:
+        if positions.dim() != 2:
+            raise UnsupportedError("positions of several planes (M-RoPE) cannot be renumbered; use positions='keep'")
+        out["position_ids"] = out["position_ids"] - pruned.before
     mask = kwargs.get("attention_mask")
 
     def gathered(given: Any) -> Any:
@@ -135,8 +199,14 @@ def lm_prefill(pruned: PruneStage, kwargs: dict[str, Any], backend: str) -> dict
     return out
 
 
-def lm_decode(pruned: PruneStage, request: Request, kwargs: dict[str, Any], past: int) -> dict[str, Any]:
-    """Language-model arguments of later calls when tokens left before layer 0."""
+def lm_decode(
+    pruned: PruneStage, request: Request, kwargs: dict[str, Any], past: int, positions_given: bool = True
+) -> dict[str, Any]:
+    """Language-model arguments of later calls when tokens left before layer 0.
+
+    Args:
+        positions_given: whether the caller named positions; else the model counted them from the shortened cache.
+    """
     out = dict(kwargs)
     rows = kwargs.get("inputs_embeds")
     rows = kwargs["input_ids"] if rows is None else rows
@@ -153,6 +223,8 @@ def lm_decode(pruned: PruneStage, request: Request, kwargs: dict[str, Any], past
     if kwargs.get("position_ids") is None:
         start = past + length - pruned.idx.shape[1]
         out["position_ids"] = torch.arange(start, start + queries, device=rows.device)[None]
+    if pruned.gone is not None:
+        out["position_ids"] = out["position_ids"] - pruned.gone[:, None]
     return out
 
 

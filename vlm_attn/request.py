@@ -26,13 +26,18 @@ class PruneStage:
         idx: int64 ``[B, n]`` kept slots, ascending, as indices into the sequence that entered layer 0.
         valid: bool ``[B, n]``, False at filler slots of samples that kept fewer.
         tokens: roles of the kept slots.
+        before: int64 ``[B, n]``, tokens that left in front of each slot, when positions are renumbered.
+        gone: int64 ``[B]``, tokens that left in all, when positions are renumbered.
     """
 
     layer: int
     idx: Tensor
     valid: Tensor
     tokens: TokenMap
+    before: Tensor | None = None
+    gone: Tensor | None = None
     cache: dict[int, Any] = field(default_factory=dict, repr=False)
+    shifted: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Request:
     seen: int = 0
     prefilled: bool = False
     scores: dict[RowScore, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
     labels: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     labelled: dict[tuple[int, int], Labelled] = field(default_factory=dict, repr=False)
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)

@@ -34,12 +34,15 @@ def position(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
 
 
 def select(
-    tokens: TokenMap, keep: int | float, choose: Callable[[int, Tensor, int], Tensor], visible: Tensor | None = None
+    tokens: TokenMap,
+    keep: int | float | Callable[[int], int],
+    choose: Callable[[int, Tensor, int], Tensor],
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Applies a per-image selector.
 
     Args:
-        keep: budget per image, relative to the tokens the image had in the prompt.
+        keep: budget per image, relative to the tokens the image had in the prompt, or a function of their number.
         choose: ``(row, slots [n], k) -> positions [k'] into slots``; with ``visible`` it sees visible slots only.
         visible: bool ``[B, N]``; tokens that show only padding are never chosen, so an image may keep fewer than k.
 
@@ -50,7 +53,7 @@ def select(
     for row, slots, total in images(tokens):
         if visible is not None:
             slots = slots[visible[row, slots]]
-        k = min(budget(keep, total), slots.numel())
+        k = min(keep(total) if callable(keep) else budget(keep, total), slots.numel())
         if k:
             out[row, slots[choose(row, slots, k)]] = True
     return out

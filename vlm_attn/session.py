@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from . import probe, profiles, pruning
@@ -29,11 +28,14 @@ from .families.base import KINDS
 from .guards import check_generate
 from .installation import Installation
 from .profiles import Profile
+from .pruner import Pruner
+from .readings import Stopped
 from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
 from .request import Request
-from .stages import Contrast, Method, Prune, PruneView, Refine, Site
+from .stages import Contrast, Method, Prune, Refine
 from .streams import TextStream, read_ahead
+from .tokens import TokenMap
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
@@ -81,12 +83,12 @@ class Session:
         self.refine = next((m for m in self.methods if isinstance(m, Refine)), None)
         self.contrast = next((m for m in self.methods if isinstance(m, Contrast)), None)
         self.edits = Edits(self.methods, self.info, [n for n, _ in self.family.attentions()])
-        self.sites: dict[int, Site] = {s.layer: s for s in self.prune.sites()} if self.prune else {}
         self.request: Request | None = None
         self.image_sizes: list[list[tuple[int, int]]] | None = None
         self.refined = False
         self.recorder: Recorder | None = None
         self._suspended = 0
+        self._dry: int | None = None
         self.capture = Capture(self.family)
         self._lm_start: float | None = None
         self._installed = Installation()
@@ -103,6 +105,8 @@ class Session:
                     "vlm.set_method(...)), or attach both methods as one list"
                 )
             self.backend: str = self.family.lm.config._attn_implementation
+            self.pruner = Pruner(self.prune, self.family, self.backend, self._visible, self._dry_run)
+            self.sites = self.pruner.sites
             try:
                 self._install_on(self._installed)
                 probe.check(self)
@@ -220,6 +224,7 @@ class Session:
         if self._suspended:
             return
         bound = by_name(module, args, kwargs)
+        self._positions_given = bound.get("position_ids") is not None
         if self._is_prefill(bound.get("past_key_values")):
             self.capture.base_prompt(bound)
         elif self._acts() and brings_media(bound):
@@ -272,17 +277,10 @@ class Session:
                 return None
             self._window_fits(queries)
             self._lm_start = time.perf_counter()
-            changed = False
-            if 0 in self.sites:
-                cut = pruning.stage(request.tokens, self._decide(self.sites[0], request), 0, None)
-                if cut is not None:
-                    request.stages.append(cut[0])
-                    request.entered = cut[0].tokens
-                    kwargs = pruning.lm_prefill(cut[0], kwargs, self.backend)
-                    kwargs, changed = self.family.prune_inputs(cut[0], kwargs), True
+            inputs = self.pruner.enter(request, kwargs)
             if self.edits.reads_ahead is not None:
-                read_ahead(self, self.edits.reads_ahead, kwargs)
-            return (args, kwargs) if changed else None
+                read_ahead(self, self.edits.reads_ahead, inputs or kwargs)
+            return None if inputs is None else (args, inputs)
         running = self._running
         if running is None:
             if self._acts():
@@ -301,7 +299,7 @@ class Session:
         request.seen += queries
         self._window_fits(request.seen)
         pruned = request.stage_at(0)
-        return None if pruned is None else (args, pruning.lm_decode(pruned, request, kwargs, past))
+        return None if pruned is None else (args, pruning.lm_decode(pruned, request, kwargs, past, self._positions_given))
 
     def _window_fits(self, length: int) -> None:
         """Sliding-window layers forget keys by physical count: beyond the window nothing here would be exact."""
@@ -328,43 +326,30 @@ class Session:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length(number))
-        changed = False
         if past > 0:
-            pruned = request.stage_at(number)
-            if pruned is None:
-                return None
-            mask = pruning.decode_mask(pruned, hidden.shape[1], past, self.backend, hidden.dtype)
-            return args, {**kwargs, "attention_mask": mask}
-        if number in self.sites and number > 0:
-            before = request.stage_at(number)
-            tokens = request.tokens_at(number)
-            cut = pruning.stage(tokens, self._decide(self.sites[number], request), number, before)
-            if cut is not None:
-                request.stages.append(cut[0])
-                hidden = pruning.take(hidden, cut[1])
-                changed = True
-        pruned = request.stage_at(number)
-        if pruned is not None and pruned.layer > 0:
-            causal = interface.is_causal(self.family.attention(number))
-            kwargs = pruning.prefill_inputs(
-                pruned, kwargs, self.backend, hidden.dtype, causal, self.family.sequence_arguments
-            )
-            changed = True
-        self.edits.prepare(number, hidden, request)
-        if not changed:
+            later = self.pruner.decode(number, hidden, kwargs, past, request)
+            return None if later is None else (args, later)
+        left, inputs = self.pruner.prefill(number, hidden, args, kwargs, request)
+        self.edits.prepare(number, left, request)
+        if left is hidden and inputs is kwargs:
             return None
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return ((left, *args[1:]), inputs) if args else (args, {**inputs, "hidden_states": left})
 
-    def _decide(self, site: Site, request: Request) -> Tensor:
-        prune = self.prune
-        if prune is None:
-            raise ValueError("a prune site without a prune method")
-        scores = request.scores.get(site.score) if site.score else None
-        tokens = request.tokens_at(site.layer)
-        visible = None
-        if prune.wants_padding:
-            visible = pruning.visible(tokens, self.family, self.processor, self.image_sizes)
-        return prune.keep_mask(PruneView(site, tokens, scores, visible))
+    def _visible(self, tokens: TokenMap) -> Tensor:
+        return pruning.visible(tokens, self.family, self.processor, self.image_sizes)
+
+    def _dry_run(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The attention call that a layer would make on ``hidden``, without letting it happen."""
+        args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+        self._dry = number
+        try:
+            with self.suspended():
+                self.family.layers[number](*args, **{**kwargs, "past_key_values": None})
+        except Stopped as stopped:
+            return stopped.call
+        finally:
+            self._dry = None
+        raise UnsupportedError(f"{self.family.name}: decoder layer {number} made no attention call that can be read")
 
     # ------------------------------------------------------------------------------------------------- attention
 
@@ -382,7 +367,8 @@ class Session:
         layer: int = module.layer_idx
         request = None if self._suspended else self._running
         reading = self.recorder is not None and layer in self.recorder.layers
-        if request is None and not reading:
+        dry = self._dry == layer
+        if request is None and not reading and not dry:
             return base(module, query, key, value, mask, **kwargs)
         causal = kwargs.get("is_causal")
         if kwargs.get("s_aux") is not None:
@@ -401,6 +387,8 @@ class Session:
             bias=None,
             backend=self.backend,
         )
+        if dry:
+            raise Stopped(call)
 
         def run(q: Tensor, k: Tensor, v: Tensor, m: Any) -> interface.Result:
             return base(module, q, k, v, m, **kwargs)
@@ -410,16 +398,10 @@ class Session:
         else:
             call, out, weights = self.edits.attend(layer, call, request, run)
             if call.queries == call.keys:
-                self._score(layer, call, request)
+                self.pruner.read(layer, call, request)
         if reading and self.recorder is not None:
             self.recorder.take(layer, call)
         return out, weights
-
-    def _score(self, layer: int, call: Call, request: Request) -> None:
-        for site in self.sites.values():
-            if site.score is not None and site.score.layer == layer:
-                last = torch.tensor([call.queries - 1], device=call.query.device)
-                request.scores[site.score] = call.weights(last)[:, :, 0].mean(1)
 
     def _before_o_proj(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = self._running

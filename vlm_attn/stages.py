@@ -134,23 +134,46 @@ class Refine(Method):
 
 @dataclass(frozen=True)
 class RowScore:
-    """An attention reading that the engine takes on the way: head-mean weights of chosen rows at one layer."""
+    """An attention reading that the engine takes on the way: head-mean weights of chosen rows at one layer.
+
+    A score of the layer before which tokens leave is read ahead: the layer runs dry up to its attention.
+
+    Attributes:
+        layer: decoder layer, 0-based.
+        rows: the query rows: ``last`` of the prompt, ``text`` with a picture before it, ``visual``, ``all``, or a set
+            of that name from :meth:`Prune.rows`.
+        over: mean or sum over the rows.
+        heads: only this many heads, those whose rows put most mass on the picture; None = all.
+        rope: ``on``; ``free``: before the rotary embedding, softmax over visual keys alone; ``ones``: weights divided
+            by what RoPE leaves of all-ones vectors at their distance, clamped at 0.1.
+    """
 
     layer: int
-    rows: Literal["last"] = "last"
+    rows: str = "last"
+    over: Literal["mean", "sum"] = "mean"
+    heads: int | None = None
+    rope: Literal["on", "free", "ones"] = "on"
 
     @property
     def id(self) -> str:
         """Name of the reading in profiles."""
-        return f"{self.rows}_row@{self.layer}"
+        parts = [f"{self.rows}_row@{self.layer}"]
+        parts += ["sum"] if self.over == "sum" else []
+        parts += [f"{self.heads}_heads"] if self.heads is not None else []
+        parts += [f"rope_{self.rope}"] if self.rope != "on" else []
+        return "-".join(parts)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where visual tokens leave: before decoder layer ``layer`` (0 = at the language model's input)."""
+    """Where visual tokens leave: before decoder layer ``layer`` (0 = at the language model's input).
+
+    ``score`` is a reading to take, ``hidden`` asks for the hidden states that arrive there.
+    """
 
     layer: int
     score: RowScore | None = None
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,25 +185,53 @@ class PruneView:
         tokens: roles of the slots that reached it, ``[B, N]``.
         scores: fp32 ``[B, N]`` reading asked for by the site, or None.
         visible: bool ``[B, N]``, False at visual tokens that show only padding (None when nobody asked).
+        hidden: ``[B, N, D]`` hidden states that arrive (at layer 0: projected features and text embeddings), or None.
+        memory: the method's own notes about this request, for methods that add up over stages.
     """
 
     site: Site
     tokens: TokenMap
     scores: Tensor | None
     visible: Tensor | None
+    hidden: Tensor | None = None
+    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def features(self) -> Tensor:
+        """``hidden``, for sites that asked for it."""
+        if self.hidden is None:
+            raise ValueError("hidden states were not asked for: Site(layer, hidden=True)")
+        return self.hidden
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A keep mask together with the hidden states that the kept slots shall hold (None = as they were)."""
+
+    keep: Tensor
+    hidden: Tensor | None
 
 
 class Prune(Method):
-    """Drops visual tokens during prefill."""
+    """Drops visual tokens during prefill.
+
+    ``positions``: ``keep`` leaves the survivors at their positions; ``renumber`` closes the gaps (refused by name
+    where a position is more than one number).
+    """
 
     stage = "prune"
     wants_padding: bool = False
+    positions: str | None = "keep"
 
     def sites(self) -> tuple[Site, ...]:
         """Sites in ascending layer order."""
         raise TypeError(f"{type(self).__name__} does not implement sites()")
 
-    def keep_mask(self, view: PruneView) -> Tensor:
+    def rows(self, name: str, tokens: TokenMap, embeds: Tensor) -> Tensor:
+        """bool ``[B, N]``: a set of query rows of the prompt, from its input embeddings ``[B, N, D]``."""
+        raise ValueError(f"{self.name} knows no rows '{name}'; choose last, text, visual or all")
+
+    def keep_mask(self, view: PruneView) -> Tensor | Merged:
         """bool ``[B, N]``: the visual tokens to keep (text is never dropped, whatever the mask says)."""
         raise TypeError(f"{type(self).__name__} does not implement keep_mask()")
 

@@ -1,0 +1,133 @@
+"""A pruning method at work: reads scores, asks the method at its sites, hands the layers what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import pruning
+from .attention import interface
+from .attention.call import Call
+from .errors import UnsupportedError
+from .families import Family
+from .readings import TABLES, Readings
+from .request import PruneStage, Request
+from .stages import Merged, Prune, PruneView
+from .tokens import TokenMap
+
+DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
+
+
+class Pruner:
+    """The Prune method of one session, if it has one. Holds no request state: that is passed in and kept there.
+
+    Args:
+        visible: bool ``[B, N]`` of a token map, False at visual tokens that show only padding.
+        dry_run: the attention call that a layer would make on an input, without letting it happen.
+    """
+
+    def __init__(
+        self,
+        prune: Prune | None,
+        family: Family,
+        backend: str,
+        visible: Callable[[TokenMap], Tensor],
+        dry_run: DryRun,
+    ):
+        self.prune, self.family, self.backend = prune, family, backend
+        self.readings = Readings(prune)
+        self.sites = self.readings.sites
+        self._visible, self._dry_run = visible, dry_run
+
+    def enter(self, request: Request, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The prompt enters the decoder: its arguments after the site at layer 0, None if nothing leaves there."""
+        embeds = kwargs.get("inputs_embeds")
+        self.readings.begin(request, embeds)
+        cut = self._cut(0, request, embeds)
+        if cut is None:
+            return None
+        stage, _, embeds = cut
+        request.entered = stage.tokens
+        inputs = pruning.lm_prefill(stage, {**kwargs, "inputs_embeds": embeds}, self.backend)
+        return self.family.prune_inputs(stage, inputs)
+
+    def prefill(
+        self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states and arguments with which a layer runs on the prompt; the same objects if nothing changes."""
+        ahead = self.readings.ahead(number)
+        if ahead:
+            given = self._left(number, hidden, kwargs, request)
+            for score in ahead:
+                call = self._dry_run(
+                    number, hidden, args, self._without_rope(given) if score.rope == "free" else given
+                )
+                self.readings.take([score], call, request, given.get("position_embeddings"))
+        cut = self._cut(number, request, hidden) if number > 0 else None
+        if cut is not None:
+            hidden = pruning.take(cut[2], cut[1])
+        kwargs = self._left(number, hidden, kwargs, request)
+        if self.readings.wants_tables(number):
+            request.notes[TABLES] = kwargs.get("position_embeddings")
+        return hidden, kwargs
+
+    def decode(
+        self, number: int, hidden: Tensor, kwargs: dict[str, Any], past: int, request: Request
+    ) -> dict[str, Any] | None:
+        """Arguments of a later call of a layer, None if they stay."""
+        pruned = request.stage_at(number)
+        if pruned is None:
+            return None
+        mask = pruning.decode_mask(pruned, hidden.shape[1], past, self.backend, hidden.dtype)
+        return {**pruning.shift_decode(pruned, self.family, hidden, kwargs), "attention_mask": mask}
+
+    def read(self, layer: int, call: Call, request: Request) -> None:
+        """Takes the readings of a layer that runs on the prompt."""
+        scores = self.readings.passing(layer)
+        if scores:
+            self.readings.take(scores, call, request, request.notes.pop(TABLES, None))
+
+    def _left(self, number: int, hidden: Tensor, kwargs: dict[str, Any], request: Request) -> dict[str, Any]:
+        """Layer arguments of the prefill on the slots that are left."""
+        pruned = request.stage_at(number)
+        if pruned is None or pruned.layer == 0:
+            return kwargs
+        causal = interface.is_causal(self.family.attention(number))
+        along = self.family.sequence_arguments
+        out = pruning.prefill_inputs(pruned, kwargs, self.backend, hidden.dtype, causal, along)
+        if pruned.before is not None:
+            pruning.shift_prefill(pruned, self.family, hidden, kwargs, out)
+        return out
+
+    def _cut(self, number: int, request: Request, hidden: Any) -> tuple[PruneStage, Tensor, Any] | None:
+        """The new stage at a site, its slots among those that arrived, and the hidden states they are taken from."""
+        site, prune = self.sites.get(number), self.prune
+        if site is None or prune is None:
+            return None
+        if site.hidden and hidden is None:
+            raise UnsupportedError(f"{prune.name} needs the input embeddings, which this model does not show")
+        tokens = request.tokens_at(number)
+        visible = self._visible(tokens) if prune.wants_padding else None
+        scores = request.scores.get(site.score) if site.score else None
+        shown = hidden if site.hidden else None
+        answer = prune.keep_mask(PruneView(site, tokens, scores, visible, shown, request.notes))
+        keep = answer.keep if isinstance(answer, Merged) else answer
+        if isinstance(answer, Merged) and answer.hidden is not None:
+            hidden = answer.hidden
+        cut = pruning.stage(tokens, keep, number, request.stage_at(number))
+        if cut is None:
+            return None
+        stage, slots = cut
+        if prune.positions == "renumber":
+            stage = pruning.renumbered(stage, request.tokens if number == 0 else request.entered or request.tokens)
+        request.stages.append(stage)
+        return stage, slots, hidden
+
+    def _without_rope(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        tables = kwargs.get("position_embeddings")
+        if not isinstance(tables, tuple):
+            raise UnsupportedError(f"{self.family.name}: attention without rotary positions cannot be read here")
+        return {**kwargs, "position_embeddings": (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))}

@@ -1,0 +1,117 @@
+"""Attention readings for pruning: chosen rows at chosen layers, reduced to one number per key. No matrix is held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention.call import Call
+from .attention.rows import chunks
+from .errors import UnsupportedError
+from .kit.selectors import by_rank
+from .request import Request
+from .stages import Prune, RowScore, Site
+from .tokens import TokenMap
+
+Tables = tuple[Tensor, Tensor]
+FLOOR = 0.1  # lower clamp of the all-ones gain, which changes sign at long distances
+HIDE = -1e30
+TABLES = "rotary tables"
+
+
+class Stopped(Exception):
+    """Ends a dry run at the layer's attention call, which it carries."""
+
+    def __init__(self, call: Call):
+        super().__init__("dry run")
+        self.call = call
+
+
+class Readings:
+    """The sites of a pruning method and what they read. Holds no request state."""
+
+    def __init__(self, prune: Prune | None):
+        self.prune = prune
+        self.sites: dict[int, Site] = {s.layer: s for s in prune.sites()} if prune else {}
+        self.scores = tuple(dict.fromkeys(s.score for s in self.sites.values() if s.score is not None))
+
+    def begin(self, request: Request, embeds: Tensor | None) -> None:
+        """Row sets of the prompt that enters the decoder with input embeddings ``[B, N, D]``."""
+        for name in dict.fromkeys(score.rows for score in self.scores):
+            request.rows[name] = self._rows(name, request.tokens, embeds)
+
+    def _rows(self, name: str, tokens: TokenMap, embeds: Tensor | None) -> Tensor:
+        if name == "last":
+            last = torch.zeros_like(tokens.valid)
+            last[:, -1] = True
+            return last
+        if name in ("text", "visual", "all"):
+            return {"text": tokens.sees_image, "visual": tokens.vis, "all": tokens.valid}[name]
+        if self.prune is None or embeds is None:
+            raise UnsupportedError(f"the rows '{name}' need the input embeddings, which this model does not show")
+        return self.prune.rows(name, tokens, embeds)
+
+    def ahead(self, layer: int) -> list[RowScore]:
+        """Scores of a layer that are read off its input, before it runs."""
+        site = self.sites.get(layer)
+        own = site.score if site is not None else None
+        return [s for s in self.scores if s.layer == layer and (s.rope == "free" or s == own)]
+
+    def passing(self, layer: int) -> list[RowScore]:
+        """Scores of a layer that are read while it runs."""
+        ahead = self.ahead(layer)
+        return [s for s in self.scores if s.layer == layer and s not in ahead]
+
+    def wants_tables(self, layer: int) -> bool:
+        """Whether a score of this layer needs the rotary tables."""
+        return any(s.layer == layer and s.rope == "ones" for s in self.scores)
+
+    def take(self, scores: Sequence[RowScore], call: Call, request: Request, tables: Any = None) -> None:
+        """Reads scores off one attention call over the whole prompt."""
+        for score in scores:
+            tokens = request.tokens_at(score.layer)
+            rows = request.rows[score.rows].gather(1, tokens.index) & tokens.valid
+            request.scores[score] = read(score, call, rows, tokens.vis, tables)
+
+
+def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any = None) -> Tensor:
+    """One reading, fp32 ``[B, N]``.
+
+    Args:
+        call: attention of the layer, prefill.
+        rows: bool ``[B, N]``, the query rows that count in each sample.
+        visual: bool ``[B, N]``.
+        tables: rotary (cos, sin) ``[B or 1, N, d]`` of the slots, for ``rope="ones"``.
+    """
+    if score.rope == "free":
+        hidden = torch.zeros(visual.shape, device=visual.device).masked_fill_(~visual, HIDE)[:, None]
+        call = replace(call, bias=hidden if call.bias is None else call.bias + hidden)
+    index = rows.any(0).nonzero()[:, 0]
+    batch, heads = call.query.shape[:2]
+    total = torch.zeros(batch, heads, call.keys, device=rows.device)
+    for part in chunks(index, batch, heads, call.keys):
+        weights = call.weights(part)
+        if score.rope == "ones":
+            weights = weights / _gain(tables, part)[:, None]
+        total += (weights * rows[:, None, part, None]).sum(2)
+    if score.heads is not None and score.heads < heads:
+        best = by_rank((total * visual[:, None]).sum(-1))[:, : score.heads]
+        total = total.gather(1, best[..., None].expand(*best.shape, total.shape[-1]))
+    mean = total.mean(1)
+    return mean if score.over == "sum" else mean / rows.sum(1, keepdim=True).clamp(min=1)
+
+
+def _gain(tables: Any, rows: Tensor) -> Tensor:
+    """``R(q - s) / R(0)`` clamped from below, fp32 ``[B or 1, R, N]``, from the rotary tables of the slots.
+
+    ``sum_j cos((q - s) theta_j)`` is the inner product of the table rows of q and s, whatever the base and scaling.
+    """
+    if not isinstance(tables, tuple) or tables[0].dim() != 3:
+        raise UnsupportedError("rope_ones needs one rotary position per token: it is not defined for this family")
+    cos, sin = (t.float() for t in tables)
+    inner = cos[:, rows] @ cos.transpose(1, 2) + sin[:, rows] @ sin.transpose(1, 2)
+    return (inner / (cos[:, :1].square() + sin[:, :1].square()).sum(-1, keepdim=True)).clamp(min=FLOOR)
