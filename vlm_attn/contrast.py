@@ -57,10 +57,11 @@ class ContrastProcessor(LogitsProcessor):
                 raise UnsupportedError(
                     f"{self.method.name} alters the picture, so it needs pixel_values, not precomputed image features"
                 )
-            pixels = media.arguments[family.pixel_argument(media)].clone()
-            for picture in family.pictures(media, pixels):
-                picture.copy_(self.method.alter_pixels(picture))
-            features = family.encode(media, pixels)
+            altered = {name: media.arguments[name].clone() for name in family.pixel_arguments(media)}
+            for pixels in altered.values():
+                for picture in family.pictures(media, pixels):
+                    picture.copy_(self.method.alter_pixels(picture))
+            features = family.encode(media, altered)
             encoded[kind] = self._repeated(kind, media, features)
             for name in media.arguments:
                 kwargs.pop(name, None)

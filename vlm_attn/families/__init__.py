@@ -24,10 +24,11 @@ from .gemma import Gemma3
 from .glm4v import Glm4v
 from .lfm2 import Lfm2VL
 from .llava import Llava, VideoLlava
+from .molmo2 import Molmo2
 from .ovis2 import Ovis2
 from .paligemma import PaliGemma
 from .pixtral import Mistral3
-from .qwen_vl import DeepStack, LinearLayers, MergedGrid
+from .qwen_vl import DeepStack, FlatPositions, LinearLayers, MergedGrid
 from .tiled import AyaVision, Cohere2Vision, Idefics2, Idefics3, PerceptionLM, Tiled
 from .video_llama3 import VideoLlama3
 
@@ -59,13 +60,14 @@ ADAPTERS: dict[str, type[Family]] = {
     "deepseek_vl_hybrid": DeepseekVL,
     "janus": Janus,
     "lfm2_vl": Lfm2VL,
+    "molmo2": Molmo2,
     "qwen2_vl": MergedGrid,
     "qwen2_5_vl": MergedGrid,
     "qwen3_vl": DeepStack,
     "qwen3_vl_moe": DeepStack,
     "qwen3_5": LinearLayers,
     "paddleocr_vl": MergedGrid,
-    "exaone4_5": MergedGrid,
+    "exaone4_5": FlatPositions,
     "glm4v": Glm4v,
     "glm46v": Glm4v,
     "glm4v_moe": Glm4v,

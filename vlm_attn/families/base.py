@@ -39,6 +39,8 @@ class Media:
         seconds: how long it took.
         prompt: int64 ``[B, N]``, the tokens that the features belong to (every prompt once, padding -1); for families
             that tell only in words which tiles make up a picture. Filled in when the roles of the tokens are asked.
+        lengths: visual tokens of each entry of the features; read at once, since ``generate`` repeats the features of
+            beams inside ``output``.
     """
 
     kind: str
@@ -46,12 +48,12 @@ class Media:
     output: Any
     seconds: float = 0.0
     prompt: Tensor | None = None
+    lengths: Sequence[int] = ()
 
-    @property
-    def lengths(self) -> list[int]:
-        """Visual tokens of each entry of the features."""
-        features = self.output.pooler_output
-        return [math.prod(f.shape[:-1]) for f in features]
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            lengths = tuple(math.prod(f.shape[:-1]) for f in self.output.pooler_output)
+            object.__setattr__(self, "lengths", lengths)
 
 
 class Family:
@@ -273,9 +275,9 @@ class Family:
         """How an original picture of ``size`` (width, height) lies under each view of its layout."""
         return [fixed_canvas(image_processor, size, grid) for grid in layout.views]
 
-    def encode(self, media: Media, pixels: Tensor) -> Any:
-        """Features of other pixels, everything else as in ``media``."""
-        arguments = {**media.arguments, self.pixel_argument(media): pixels, "return_dict": True}
+    def encode(self, media: Media, pixels: Mapping[str, Tensor]) -> Any:
+        """Features of other pixels (by argument name), everything else as in ``media``."""
+        arguments = {**media.arguments, **pixels, "return_dict": True}
         return self.features(media.kind)(**arguments)
 
     def pictures(self, media: Media, pixels: Tensor) -> list[Tensor]:
@@ -294,12 +296,12 @@ class Family:
             raise AttachError(f"{self._who()} does not say which pixels belong to which picture")
         return list(pixels.split([int(entry) for entry in entries]))
 
-    def pixel_argument(self, media: Media) -> str:
-        """Name of the argument that holds the pixels."""
-        name = next((n for n in media.arguments if n.startswith("pixel_values")), None)
-        if name is None:
+    def pixel_arguments(self, media: Media) -> list[str]:
+        """Names of the arguments that hold pixels; two towers have one each."""
+        names = [name for name in media.arguments if "pixel_values" in name]
+        if not names:
             raise ValueError("finished features have no pixels: pass pixel_values to the model instead")
-        return name
+        return names
 
     def bind(self, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a feature call by name."""

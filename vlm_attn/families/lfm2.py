@@ -41,6 +41,10 @@ class Lfm2VL(Family):
                 last = slots[min(start, len(slots)) - 1]
         return [Layout.of_views(*views) for views in pictures]
 
+    def pictures(self, media: Media, pixels: Tensor) -> list[Tensor]:
+        """One entry per tile, filled up to a fixed number of patches."""
+        return list(pixels.split([max(len(layout.views), 1) for layout in self.layouts(media)]))
+
     def framing(self, input_ids: Tensor) -> Tensor:
         """Start, end and the tags of the tiles stand next to placeholders."""
         return beside(input_ids == self.placeholders["image"])

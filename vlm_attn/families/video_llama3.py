@@ -47,7 +47,8 @@ class VideoLlama3(MergedGrid):
 
     def _changed(self, media: Media, patches: Tensor) -> list[Tensor]:
         """bool ``[tokens]`` per video: the first frame, what changed, and at least one token per frame."""
-        pixels = media.arguments[self.pixel_argument(media)].split(patches.prod(-1).tolist())
+        (name,) = self.pixel_arguments(media)
+        pixels = media.arguments[name].split(patches.prod(-1).tolist())
         sides = media.arguments["video_merge_sizes"].tolist()
         return [_changed(p, int(grid[0]), side) for p, grid, side in zip(pixels, patches, sides, strict=True)]
 

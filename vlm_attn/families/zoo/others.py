@@ -339,6 +339,48 @@ class Lfm2VL(Specimen):
         return images
 
 
+class Molmo2(Specimen):
+    """Molmo2: a small view and a canvas of overlapping crops, all pictures of a prompt attending to each other."""
+
+    name = "molmo2"
+
+    def config(self, **changes: Any) -> Any:
+        """Crops of 4 x 4 patches pooled 2 x 2."""
+        from transformers import Molmo2AdapterConfig, Molmo2Config, Molmo2TextConfig, Molmo2VisionConfig
+
+        tower = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+        vision = Molmo2VisionConfig(**tower, head_dim=8, num_hidden_layers=2, image_size=[56, 56], patch_size=14)
+        adapter = Molmo2AdapterConfig(**tower, head_dim=8, vision_feature_layer=[1, 0], text_hidden_size=64)
+        return Molmo2Config(
+            text_config=Molmo2TextConfig(**text_config(**changes)), vision_config=vision, adapter_config=adapter,
+            image_patch_id=IMAGE_ID, image_start_token_id=START, image_end_token_id=END,
+            low_res_image_start_token_id=103, frame_start_token_id=104, frame_end_token_id=105,
+        )  # fmt: skip
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import Molmo2ForConditionalGeneration
+
+        return Molmo2ForConditionalGeneration
+
+    def processor(self) -> Any:
+        """The picture stretched to one crop, and to a canvas of up to four crops that overlap by half."""
+        from transformers import Molmo2ImageProcessor, Molmo2Processor, Molmo2VideoProcessor
+
+        special = {
+            "<im_patch>": IMAGE_ID, "<im_start>": START, "<im_end>": END, "<im_col>": BREAK, "<low_res_im_start>": 103,
+            "<frame_start>": 104, "<frame_end>": 105, "<im_low>": 106, "<|image|>": 107, "<|video|>": 108,
+        }  # fmt: skip
+        images = Molmo2ImageProcessor(
+            size={"height": 56, "width": 56}, max_crops=4, overlap_margins=[1, 1], pooling_size=[2, 2]
+        )
+        return Molmo2Processor(images, Molmo2VideoProcessor(), word_tokenizer(special))
+
+    def prompt(self, sample: Sample) -> str:
+        """``<|image|>`` at every picture."""
+        return interleaved(sample, "<|image|>")
+
+
 SPECIMENS: tuple[Specimen, ...] = (
     PaliGemma(),
     Gemma3(),
@@ -348,4 +390,5 @@ SPECIMENS: tuple[Specimen, ...] = (
     DeepseekVLHybrid(),
     Janus(),
     Lfm2VL(),
+    Molmo2(),
 )
