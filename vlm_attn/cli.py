@@ -1,4 +1,4 @@
-"""The command line: ``vlm-attn ls | ask | eval | validate | calibrate | bench | demo``.
+"""The command line: ``vlm-attn ls | ask | eval | validate | score | calibrate | bench | demo``.
 
 Heavy modules are imported inside the verbs, so that ``vlm-attn --help`` answers at once. Every verb has ``--json``:
 standard output then holds one JSON document and nothing else. A mistake of the user gives one line on standard error
@@ -26,6 +26,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 import vlm_attn
+from vlm_attn.cli_score import score
 
 if TYPE_CHECKING:
     from vlm_attn.stages import Method
@@ -40,7 +41,7 @@ out = Console()
 err = Console(stderr=True)
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, PermissionError)
-EXTRA_OF = {"gradio": "demo", "lmms_eval": "eval", "datasets": "eval", "matplotlib": "eval"}
+EXTRA_OF = {"gradio": "demo", "lmms_eval": "eval", "datasets": "eval", "matplotlib": "eval", "nltk": "eval"}
 
 
 class Listing(StrEnum):
@@ -270,6 +271,9 @@ def find_config(name: str) -> Path:
     raise FileNotFoundError(
         f"config {name} does not exist{closest(wanted, tuple(shipped))} (shipped: {', '.join(shipped) or 'none'})"
     )
+
+
+app.command()(score)
 
 
 # ------------------------------------------------------------------------------------- calibrate, bench and demo

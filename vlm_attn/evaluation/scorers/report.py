@@ -17,7 +17,9 @@ from vlm_attn.evaluation.store import dumps, write_text
 
 __all__ = ["Report"]
 
-POINTS = ("score", "object_level", "attribute_level", "perception", "cognition", "hallucination", "mean_rating")
+POINTS = (
+    "score", "object_level", "attribute_level", "hallucination", "perception", "cognition", "mean_rating", "h_score",
+)  # fmt: skip
 LENGTHS = ("len_words", "len_tokens")
 
 
