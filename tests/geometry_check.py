@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlm_attn.families import resolve
 from vlm_attn.families.base import Family, Media
 from vlm_attn.families.zoo import Sample, Specimen
+from vlm_attn.geometry import ImageGeometry
 from vlm_attn.tokens import Layout
 
 Size = tuple[int, int]
@@ -81,6 +82,12 @@ def overlap(box: Box, square: tuple[int, int, int, int]) -> bool:
     return across > 0 and down > 0
 
 
+def outline(view: ImageGeometry) -> Box:
+    """What a view shows of the picture."""
+    rows, columns = view.grid
+    return (*view.cell_box(0, 0)[:2], *view.cell_box(rows - 1, columns - 1)[2:])
+
+
 def check(specimen: Specimen, sizes: Sequence[Size], *, draws: int = 5, share: float = 0.3, reach: int = 0) -> None:
     """In every view that shows the square, the token that changes most has a box over the square.
 
@@ -105,6 +112,8 @@ def check(specimen: Specimen, sizes: Sequence[Size], *, draws: int = 5, share: f
         for _ in range(draws):
             left, top = (int(draw.integers(0, length - side + 1)) for length in size)
             square = (left, top, left + side, top + side)
+            if not any(overlap(outline(view), square) for view in views):
+                continue  # cropped away
             again, bright = features(model, family, specimen.inputs([replace(sample, square=square)]))
             assert torch.equal(again.view, layout.view), "the layout depends on the size alone"
             change = (bright - black).norm(dim=-1)

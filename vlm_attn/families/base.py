@@ -183,6 +183,14 @@ class Family:
         """The layout of every picture (or video) of the batch, in placeholder order."""
         return [self.layout(length) for length in media.lengths]
 
+    def placed(self, media: Media, input_ids: Tensor, attention_mask: Tensor | None) -> Media:
+        """The media with the prompts ``[B, N]`` that they belong to (beams repeat prompts: each is kept once)."""
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, -1)
+        slots = int((input_ids == self.placeholders.get(media.kind, -2)).sum())
+        times = max(slots // max(sum(media.lengths), 1), 1)
+        return replace(media, prompt=input_ids[::times])
+
     def token_map(self, input_ids: Tensor, attention_mask: Tensor | None, media: Sequence[Media]) -> TokenMap:
         """Roles of the prompt's tokens.
 
@@ -205,11 +213,7 @@ class Family:
         for number, kind in enumerate(KINDS):
             if kind in self.placeholders:
                 kinds[(input_ids == self.placeholders[kind]) & valid] = number
-        found = {}
-        for m in media:
-            slots = int(((input_ids == self.placeholders.get(m.kind)) & valid).sum())
-            times = max(slots // max(sum(m.lengths), 1), 1)
-            found[m.kind] = self.layouts(replace(m, prompt=input_ids.masked_fill(~valid, -1)[::times]))
+        found = {m.kind: self.layouts(self.placed(m, input_ids, valid)) for m in media}
         rows = assign(kinds, [found.get(kind, []) for kind in KINDS])
         return build_token_map(kinds >= 0, valid, rows)
 
