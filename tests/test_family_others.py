@@ -16,6 +16,7 @@ from tests.runs import distance, greedy
 from vlm_attn.errors import AttachError, UnsupportedError
 from vlm_attn.families import resolve
 from vlm_attn.families.zoo import SPECIMENS, Sample
+from vlm_attn.families.zoo.base import BOS
 from vlm_attn.families.zoo.others import BREAK, END, START
 from vlm_attn.stages import Contrast, method_dataclass
 from vlm_attn.tokens import TokenMap
@@ -42,7 +43,7 @@ def token_map(name: str, *samples: Sample) -> TokenMap:
     ("name", "reach"),
     [
         ("paligemma", 0), ("gemma3", 0), ("mistral3", 0), ("ovis2", 0), ("deepseek_vl", 0), ("janus", 0),
-        ("lfm2_vl", 0), ("deepseek_vl_hybrid", 1),
+        ("lfm2_vl", 0), ("molmo2", 0), ("deepseek_vl_hybrid", 1),
     ],
 )  # fmt: skip
 def test_a_drawn_square_is_found_again(name: str, reach: int) -> None:
@@ -68,7 +69,7 @@ def test_separators_leave_with_the_picture() -> None:
         ids, mask = family.text_only(inputs["input_ids"], inputs["attention_mask"])
         for row, sample in enumerate((TWO, ONE)):
             left = ids[row][mask[row].bool()].tolist()
-            assert left == [word for run in sample.words() for word in run], name
+            assert [token for token in left if token != BOS] == [word for run in sample.words() for word in run], name
             assert markers & set(inputs["input_ids"][row].tolist()), "the prompt has no separators: nothing is tested"
 
 
@@ -89,6 +90,31 @@ def test_tiles_cut_by_other_settings_are_an_error() -> None:
         setattr(images, setting, 2)
         with pytest.raises(ValueError, match="on the processor itself"):
             family.geometry(images, (112, 112), layout)
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "molmo2", "ovis2", "deepseek_vl_hybrid"])
+def test_branch_alters_the_pixels_of_each_picture_in_every_tower(name: str) -> None:
+    """Two prompts in one batch get the contrast that each gets alone, and no pixel tensor stays as it was."""
+    model, specimen = built(name), SPECIMENS[name]
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    with vlm_attn.attach(model, Blackened()) as session:
+        both = model.generate(**specimen.inputs([TWO, OTHER]), **options).scores[0]
+        media = session.last.media["image"]
+        names = session.family.pixel_arguments(media)
+        for argument in names:
+            pixels = media.arguments[argument]
+            parts = session.family.pictures(media, pixels)
+            assert len(parts) == 3
+            assert sum(part.numel() for part in parts) == pixels.numel()
+        for row, sample in enumerate((TWO, OTHER)):
+            inputs = specimen.inputs([sample])
+            alone = model.generate(**inputs, **options).scores[0]
+            assert distance(both[row : row + 1], alone) < 1e-5
+            with session.suspended():
+                plain = model(**inputs).logits[:, -1]
+                black = model(**{**inputs, **{n: torch.zeros_like(inputs[n]) for n in names}}).logits[:, -1]
+            assert distance(alone, 2 * plain - black) < 1e-4
+    assert len(names) == 1 + (name == "deepseek_vl_hybrid")
 
 
 def test_lfm2_tells_neighbouring_pictures_apart() -> None:
@@ -136,6 +162,17 @@ class Mirrored(Contrast):
 
     def combine(self, logits: Tensor, branch: Tensor) -> Tensor:
         return 2 * logits - branch
+
+
+@method_dataclass
+class Blackened(Mirrored):
+    """Contrast with a picture of zeros."""
+
+    name = "blackened"
+    summary = "contrast with a picture of zeros"
+
+    def alter_pixels(self, pixels: Tensor) -> Tensor:
+        return torch.zeros_like(pixels)
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -253,6 +253,7 @@ class Session:
             return None
         ids, mask = prompt.repeated(rows.shape[0])
         tokens = self.family.token_map(ids, mask, list(media.values()))
+        media = {kind: self.family.placed(m, ids, mask) for kind, m in media.items()}
         request = Request(tokens=tokens, entered=tokens, prompt_kwargs=prompt.kwargs, media=media)
         request.seen, request.prefilled = tokens.length, True
         request.times["encode_s"] = sum(m.seconds for m in media.values())
@@ -275,7 +276,7 @@ class Session:
             request = self._begin(kwargs)
             if request is None:
                 return None
-            self._window_fits(queries)
+            self.fits_window(queries)
             self._lm_start = time.perf_counter()
             inputs = self.pruner.enter(request, kwargs)
             if self.edits.reads_ahead is not None:
@@ -297,11 +298,13 @@ class Session:
                 "reused across prompts while a method is attached"
             )
         request.seen += queries
-        self._window_fits(request.seen)
+        self.fits_window(request.seen)
         pruned = request.stage_at(0)
-        return None if pruned is None else (args, pruning.lm_decode(pruned, request, kwargs, past, self._positions_given))
+        if pruned is None:
+            return None
+        return args, pruning.lm_decode(pruned, request, kwargs, past, self._positions_given)
 
-    def _window_fits(self, length: int) -> None:
+    def fits_window(self, length: int) -> None:
         """Sliding-window layers forget keys by physical count: beyond the window nothing here would be exact."""
         if self._acts() and self.window is not None and length > self.window:
             names = ", ".join(m.name for m in self.methods if m.stage in ("prune", "edit"))
