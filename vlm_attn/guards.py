@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from .errors import UnsupportedError
@@ -35,6 +36,10 @@ def check_generate(session: Session, args: tuple[Any, ...], kwargs: dict[str, An
         given = kwargs.get(name)
         return given if given is not None else getattr(config, name, default)
 
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    new = value("max_new_tokens")
+    if acting and session.window is not None and isinstance(ids, Tensor) and isinstance(new, int):
+        session.fits_window(ids.shape[1] + new)
     if value("use_cache", True) is False:
         raise UnsupportedError(f"{names}: generate needs the key/value cache; leave use_cache at True")
     if value("prefill_chunk_size") is not None:

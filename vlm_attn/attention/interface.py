@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedError
-from .masks import BACKENDS
+from .masks import BACKENDS, FLASH
 
 PREFIX = "vlm_attn-"
 Result = tuple[Tensor, Tensor | None]
@@ -98,6 +99,11 @@ def register(backend: str) -> str:
         raise UnsupportedError(
             f"attention backend '{backend}' is not supported; call model.set_attn_implementation('sdpa') first "
             f"(supported: {', '.join(BACKENDS)})"
+        )
+    if backend in FLASH and not torch.cuda.is_available():
+        raise UnsupportedError(
+            f"attention backend '{backend}' needs a CUDA device and there is none here: call "
+            "model.set_attn_implementation('sdpa') first"
         )
     name = PREFIX + backend
     AttentionInterface.register(name, functools.partial(_forward, backend=backend))

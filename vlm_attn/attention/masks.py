@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("sdpa", "eager", "flex_attention")
+FLASH = ("flash_attention_2", "flash_attention_3")  # a 2-D mask of valid keys, or none; need a CUDA device
+BACKENDS = ("sdpa", "eager", "flex_attention", *FLASH)
 
 
 def _neg(dtype: torch.dtype) -> float:
@@ -36,6 +37,12 @@ def visible(
                 "supported, use the default dynamic cache"
             )
         return (torch.arange(keys, device=device)[None] <= rows[:, None])[None, None]
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        columns = mask[:, None, None, :keys].bool()
+        if not causal:
+            return columns.expand(-1, -1, rows.numel(), -1)
+        order = torch.arange(keys, device=device)[None] <= rows[:, None] + keys - queries
+        return columns & order[None, None]
     if isinstance(mask, Tensor):
         part = mask[..., :keys].index_select(2, rows.to(mask.device))
         return part if part.dtype == torch.bool else part > _neg(part.dtype) / 2
@@ -75,6 +82,9 @@ def gather(mask: Any, idx: Tensor, valid: Tensor, backend: str, dtype: torch.dty
     """
     b, n = idx.shape
     device = idx.device
+    if backend in FLASH:
+        kept = valid if mask is None else mask.bool().gather(1, idx) & valid
+        return None if bool(kept.all()) else kept
     if mask is None and backend != "flex_attention":
         if bool(valid.all()):
             return None
@@ -95,9 +105,11 @@ def decode(valid: Tensor, queries: int, past: int, backend: str, dtype: torch.dt
     themselves, causal among the new ones. None where everything is visible.
     """
     b, n = valid.shape
-    if queries == 1 and bool(valid.all()):
+    if (queries == 1 or backend in FLASH) and bool(valid.all()):
         return None
     device = valid.device
+    if backend in FLASH:
+        return torch.cat([valid, valid.new_ones(b, past + queries - n)], dim=1)
     order = torch.arange(past + queries, device=device)
     causal = order[None] <= torch.arange(queries, device=device)[:, None] + past
     columns = torch.cat([valid, valid.new_ones(b, past + queries - n)], dim=1)
