@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class MergedGrid(Family):
-    """``Qwen2VL``, ``Qwen2_5_VL``, ``PaddleOCRVL``, ``Exaone4_5`` and all that speak of ``image_grid_thw``."""
+    """``Qwen2VL``, ``Qwen2_5_VL``, ``PaddleOCRVL`` and all that speak of ``image_grid_thw``."""
 
     structure = (
         "vision_start_token_id", "vision_end_token_id", "image_start_token_id", "image_end_token_id",
@@ -62,6 +62,15 @@ class MergedGrid(Family):
     def geometry(self, image_processor: Any, size: tuple[int, int], layout: Layout) -> list[ImageGeometry]:
         """Every frame is stretched over its grid."""
         return [tile_of(size, grid) for grid in layout.views]
+
+
+class FlatPositions(MergedGrid):
+    """``Exaone4_5``: 1-D positions that the model counts itself, padding included."""
+
+    def prompt_arguments(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The positions that the model would count."""
+        ids = kwargs["input_ids"]
+        return {**kwargs, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]}
 
 
 class DeepStack(MergedGrid):
