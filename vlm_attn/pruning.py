@@ -220,9 +220,11 @@ def lm_decode(
     elif mask is None:
         valid = pruned.valid.long()
         out["attention_mask"] = torch.cat([valid, valid.new_ones(b, new)], dim=1)
+    missing = length - pruned.idx.shape[1]
     if kwargs.get("position_ids") is None:
-        start = past + length - pruned.idx.shape[1]
-        out["position_ids"] = torch.arange(start, start + queries, device=rows.device)[None]
+        out["position_ids"] = torch.arange(past + missing, past + missing + queries, device=rows.device)[None]
+    elif not positions_given:
+        out["position_ids"] = kwargs["position_ids"] + missing
     if pruned.gone is not None:
         out["position_ids"] = out["position_ids"] - pruned.gone[:, None]
     return out

@@ -88,6 +88,7 @@ class Session:
         self.refined = False
         self.recorder: Recorder | None = None
         self._suspended = 0
+        self._positions_given = True
         self._dry: int | None = None
         self.capture = Capture(self.family)
         self._lm_start: float | None = None
