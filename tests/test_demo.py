@@ -75,6 +75,8 @@ def make_upload(folder: Path, kind: str) -> Path:
         path.write_text("this is no picture")
     elif kind == "bomb":
         Image.new("1", (15_000, 15_000)).save(path)
+    elif kind == "heavy":
+        path.write_bytes(bytes(21_000_000))
     else:
         data = io.BytesIO()
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 200, 3), np.uint8)).save(data, "PNG")

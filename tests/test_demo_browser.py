@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no browser: install Debian's package chromium to run this test"),
 ]
+
+TAKEN = "#status .ok:has-text('200 x 300')"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,20 @@ def ask(page: Any) -> str:
     page.evaluate("document.querySelectorAll('#status .ok, #status .error').forEach(e => e.classList.add('old'))")
     page.click("#ask")
     page.wait_for_selector("#status .ok:not(.old), #status .error:not(.old)")
+    page.wait_for_selector("#status [data-testid=status-tracker].hide", state="attached")  # it takes the next press
     return str(page.inner_text("#status"))
+
+
+def upload(page: Any, path: Path) -> None:
+    """Gives the page a file."""
+    page.set_input_files("#upload input[type=file]", path)
+
+
+def size(page: Any, name: str) -> list[int]:
+    """Width and height of the picture in a pane."""
+    image = page.locator(f"#{name} img").first
+    found: list[int] = image.evaluate("async e => { await e.decode(); return [e.naturalWidth, e.naturalHeight] }")
+    return found
 
 
 def test_a_visit(visitor: Any, tmp_path: Path) -> None:
@@ -72,11 +88,8 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
     assert ask(page) == "Done."
     assert page.input_value("#answer-A textarea").strip() and page.input_value("#answer-B textarea").strip()
     assert "100 of 100" in page.inner_text("#facts-A") and "24 of 100" in page.inner_text("#facts-B")
-    page.wait_for_selector("#heat img")
     for name in ("mask-A", "mask-B", "heat"):
-        image = page.locator(f"#{name} img").first
-        image.wait_for()
-        assert image.evaluate("async e => { await e.decode(); return e.naturalWidth }") == 480
+        assert size(page, name) == [480, 480]
 
     # a proposed question, asked at once
     page.get_by_role("button", name="Is there a dog in the image?").click()
@@ -86,11 +99,14 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
 
     # bad files: said clearly, and the page goes on working
     for kind, message in (("text", "not a readable picture"), ("truncated", "truncated"), ("bomb", "too large")):
-        page.set_input_files("#upload input[type=file]", make_upload(tmp_path, kind))
+        upload(page, make_upload(tmp_path, kind))
         page.wait_for_selector(f"#status .error:has-text('{message}')")
         assert str(tmp_path) not in page.inner_text("#status")
-    page.set_input_files("#upload input[type=file]", make_upload(tmp_path, "good"))
-    page.wait_for_selector("#status .ok:has-text('200 x 300')")
+    upload(page, make_upload(tmp_path, "heavy"))
+    page.wait_for_selector("text=exceed the maximum allowed size")
+    upload(page, make_upload(tmp_path, "good"))
+    page.wait_for_selector(TAKEN)
+    page.wait_for_selector("#upload:not(:has-text('Error'))")
     assert page.input_value("#answer-A textarea") == ""
 
     # a value out of range is said, the other side answers; another method brings its own controls
@@ -101,3 +117,54 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
     page.get_by_role("option", name="vcd").click()
     page.wait_for_selector("#B-vcd-alpha")
     assert ask(page) == "Done."
+
+
+@pytest.mark.parametrize(("first", "second"), [("good", "truncated"), ("text", "good")])
+def test_a_file_given_while_another_is_handled_is_not_lost(
+    visitor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(path: str | Path) -> Any:
+        begun.set()
+        go_on.wait()
+        return open_upload(path)
+
+    from vlm_attn_demo.run import open_upload
+
+    monkeypatch.setattr("vlm_attn_demo.ui.open_upload", held)
+    try:
+        upload(visitor, make_upload(tmp_path, first))
+        assert begun.wait(90)
+        with visitor.expect_request("**/queue/join*"):
+            upload(visitor, make_upload(tmp_path, second))
+    finally:
+        go_on.set()
+    visitor.wait_for_selector(TAKEN if second == "good" else "#status .error:has-text('truncated')")
+
+
+def test_a_new_picture_ends_the_answer_about_the_old_one(
+    visitor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_attn_demo.run import Runner
+
+    begun, go_on = threading.Event(), threading.Event()
+    answer = Runner.answer
+
+    def held(*args: Any) -> Iterator[Any]:
+        for reply in answer(*args):
+            yield reply
+            begun.set()
+            go_on.wait()
+
+    monkeypatch.setattr(Runner, "answer", held)
+    try:
+        visitor.click("#ask")
+        assert begun.wait(90)
+        with visitor.expect_request("**/queue/join*"):
+            upload(visitor, make_upload(tmp_path, "good"))
+    finally:
+        go_on.set()
+    visitor.wait_for_selector(TAKEN)
+    assert ask(visitor) == "Done."
+    assert size(visitor, "mask-A") == size(visitor, "heat") == [320, 480]

@@ -45,6 +45,7 @@ CSS = """
 .html-container { padding: 0 !important; }
 .summary { font-size: .88rem; color: var(--body-text-color-subdued); }
 .side-summary { min-height: 2.6rem; }
+.side-summary::first-letter { text-transform: uppercase; }
 .gradio-container .parameters { max-height: 330px; overflow-y: auto; }
 #question textarea { min-height: 44px; line-height: 1.6; }
 #ask { min-height: 44px; }
@@ -197,10 +198,11 @@ def build(runner: Runner) -> gr.Blocks:
             with gr.Column(min_width=260):
                 gallery = gr.Gallery(
                     [render(make_scene(seed), 160) for seed in EXAMPLES], label="Example pictures", show_label=False,
-                    columns=3, height=EDGE - 134, allow_preview=False, buttons=[], object_fit="cover",
+                    columns=3, height=EDGE - 152, allow_preview=False, buttons=[], object_fit="cover",
                     elem_id="examples",
                 )  # fmt: skip
-                upload = gr.File(label="Or your own picture", height=118, elem_id="upload")
+                upload = gr.File(label="Or your own picture", height=136, elem_id="upload")
+                sent = gr.File(visible=False)
         with gr.Row(equal_height=False, elem_id="asking"):
             question = gr.Textbox(
                 QUESTIONS[0], show_label=False, container=False, scale=5, max_lines=3, max_length=MAX_QUESTION,
@@ -234,16 +236,13 @@ def build(runner: Runner) -> gr.Blocks:
             scene = make_scene(seed)
             return scene.image, render(scene, 480), note("ok", "Example picture chosen."), *cleared()
 
-        def receive(path: str | None) -> tuple[Any, ...]:
-            nothing = gr.skip()
-            if not path:
-                return (nothing,) * (4 + len(cleared()))
+        def receive(path: str) -> tuple[Any, ...]:
             try:
                 opened = open_upload(path)
             except ValueError as error:
-                return nothing, nothing, note("error", f"This file was not taken: {error}"), *cleared(True), None
+                return gr.skip(), gr.skip(), note("error", f"This file was not taken: {error}"), *cleared(True)
             size = f"{opened.width} x {opened.height} pixels"
-            return opened, overlays.shown(opened), note("ok", f"Your picture is in ({size})."), *cleared(), None
+            return opened, overlays.shown(opened), note("ok", f"Your picture is in ({size})."), *cleared()
 
         def cleared(keep: bool = False) -> list[Any]:
             return [gr.skip()] * 7 if keep else ["", facts_none, None, "", facts_none, None, None]
@@ -256,11 +255,18 @@ def build(runner: Runner) -> gr.Blocks:
             yield from _run(runner, (left, right), image, text, KINDS.get(style, "contrast"), int(limit), shown_values)
 
         results = [*left.outputs, *right.outputs, heat]
-        private = {"api_visibility": "private"}
-        gallery.select(pick, None, [picture, shown, status, *results], **private)
-        upload.upload(receive, upload, [picture, shown, status, *results, upload], **private)
         inputs = [picture, question, kind, length, *left.inputs, *right.inputs]
-        gr.on([ask.click, question.submit], run, inputs, [status, *results], **private, concurrency_limit=1)
+        private: dict[str, Any] = {"api_visibility": "private"}
+        asking = gr.on([ask.click, question.submit], run, inputs, [status, *results], **private, concurrency_limit=1)
+        # The last picture given is the one that stays: the answer about the one before ends, and each is taken, one
+        # after the other (Gradio's default drops what comes while another is handled).
+        gr.on([gallery.select, upload.upload], None, cancels=asking, **private)
+        taken = [picture, shown, status, *results]
+        turn: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_id": "picture", **private}
+        gallery.select(pick, None, taken, **turn)
+        # The browser empties the upload area before the file is handled, so that the next one can be dropped at once.
+        emptied = upload.upload(None, upload, [sent, upload], js="file => [file, null]", **turn)
+        emptied.then(receive, sent, taken, show_progress_on=[shown, status, upload], **turn)
     page.queue(max_size=32, api_open=False)
     return page
 
