@@ -14,7 +14,7 @@ import vlm_attn
 from tests import geometry_check
 from tests.runs import distance, greedy
 from vlm_attn.errors import AttachError, UnsupportedError
-from vlm_attn.families import resolve
+from vlm_attn.families import ADAPTERS, UNSUPPORTED, resolve
 from vlm_attn.families.zoo import SPECIMENS, Sample
 from vlm_attn.families.zoo.base import BOS
 from vlm_attn.families.zoo.others import BREAK, END, START
@@ -226,6 +226,17 @@ def test_blip_with_an_encoder_decoder_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(AttachError, match="encoder-decoder"):
         vlm_attn.attach(Blip2ForConditionalGeneration(config))
+
+
+def test_refused_families_are_real_and_say_why() -> None:
+    from transformers import CONFIG_MAPPING, GitConfig, GitForCausalLM
+
+    assert not set(UNSUPPORTED) & set(ADAPTERS)
+    assert all(name in CONFIG_MAPPING for name in UNSUPPORTED)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = GitForCausalLM(GitConfig(vision_config={**small, "image_size": 28, "patch_size": 14}, **small))
+    with pytest.raises(AttachError, match=r"'git' cannot be served: .*without placeholders"):
+        vlm_attn.attach(model)
 
 
 def test_janus_drops_the_second_branch() -> None:

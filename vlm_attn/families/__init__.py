@@ -30,6 +30,7 @@ from .paligemma import PaliGemma
 from .pixtral import Mistral3
 from .qwen_vl import DeepStack, FlatPositions, LinearLayers, MergedGrid
 from .tiled import AyaVision, Cohere2Vision, Idefics2, Idefics3, PerceptionLM, Tiled
+from .unsupported import UNSUPPORTED
 from .video_llama3 import VideoLlama3
 
 # transformers' model_type -> adapter.
@@ -76,9 +77,6 @@ ADAPTERS: dict[str, type[Family]] = {
     "video_llama_3": VideoLlama3,
 }
 
-# Vision-language models that cannot be served, and why.
-UNSUPPORTED: dict[str, str] = {}
-
 
 @dataclass(frozen=True)
 class FamilyRow:
@@ -119,6 +117,13 @@ def resolve(model: nn.Module) -> Family:
     Raises:
         AttachError: not a transformers vision-language model, an unsupported family, or a missing part.
     """
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or hasattr(
+        model, "_orig_mod"
+    ):
+        raise AttachError(
+            "this model is compiled, and what is attached now would be ignored: attach to the plain model first, "
+            "then compile it"
+        )
     if not isinstance(model, PreTrainedModel):
         raise AttachError(
             f"{type(model).__name__} is not a transformers model: load it with "
