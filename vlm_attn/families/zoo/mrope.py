@@ -5,9 +5,12 @@ They differ in data more than in code: every class states its numbers, and :clas
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import transformers
+from torch import Tensor
 
 from .base import IMAGE_ID, Sample, Specimen, interleaved, text_config, word_tokenizer
 
@@ -92,6 +95,12 @@ class Merged(Specimen):
         if videos:
             made["video_processor"] = getattr(transformers, videos)(**self.clips)
         return getattr(transformers, processor)(**made)
+
+    def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Some processors hand tensors to numpy in a way that newer versions of numpy warn about."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            return super().inputs(samples)
 
     def prompt(self, sample: Sample) -> str:
         """The family's placeholder, between its marks, at every picture."""
