@@ -77,7 +77,7 @@ class ContrastProcessor(LogitsProcessor):
         tokens = self.session.last.tokens
         video = kind == "video"
         rows = [sum(len(lay) for lay in row if lay.video == video) for row in tokens.layouts]
-        times = sum(rows) // max(sum(media.lengths), 1)
+        times = max(sum(rows) // max(sum(media.lengths), 1), 1)
         return self.session.family.repeat_features(features, rows[::times], times)
 
     def _step(self, input_ids: Tensor) -> Tensor:
