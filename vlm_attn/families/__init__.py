@@ -23,6 +23,7 @@ from .ernie_vl import ErnieVL
 from .gemma import Gemma3
 from .glm4v import Glm4v
 from .lfm2 import Lfm2VL
+from .lighton import LightOnOcr
 from .llava import Llava, VideoLlava
 from .molmo2 import Molmo2
 from .ovis2 import Ovis2
@@ -50,6 +51,8 @@ ADAPTERS: dict[str, type[Family]] = {
     "smolvlm": Idefics3,
     "idefics2": Idefics2,
     "perception_lm": PerceptionLM,
+    "lighton_ocr": LightOnOcr,
+    "hyperclovax_vision_v2": MergedGrid,
     "paligemma": PaliGemma,
     "gemma3": Gemma3,
     "mistral3": Mistral3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import Sample, Specimen
 from .llava import SPECIMENS as LLAVA
 from .mrope import SPECIMENS as MROPE
+from .newcomers import SPECIMENS as NEWCOMERS
 from .others import SPECIMENS as OTHERS
 from .queries import SPECIMENS as QUERIES
 from .tiles import SPECIMENS as TILES
@@ -17,6 +18,7 @@ SPECIMENS: dict[str, Specimen] = {
         *QUERIES,
         *OTHERS,
         *MROPE,
+        *NEWCOMERS,
     )
 }
 
