@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests import models
-from tests.reference import edits, pruning
+from tests.reference import edits, edits_logits, pruning
 from tests.reference.llava import Dense
 
 SINKS = {"sink_dims": (3, 7), "tau": 1.6}  # the tiny random models have sinks there
@@ -88,6 +88,36 @@ MATRIX: dict[str, Row] = {
     "vhr": Row(
         variants=({}, {"alpha": 0.5, "last_layers": 1, "filter_outliers": False}, {"include_layer1": False}),
         reference=lambda model, params, last, row: edits.Vhr(model, **params),
+    ),
+    # guidance off: it has tests of its own, beside the other contrasts
+    "pai": Row(
+        default={"gamma": 1.0},
+        variants=({"gamma": 1.0}, {"gamma": 1.0, "alpha": 0.7, "first_layer": 0, "end_layer": 3}),
+        reference=lambda model, params, last, row: edits_logits.Pai(model, **params),
+    ),
+    "paint": Row(
+        variants=(
+            {},
+            {"alpha": 0.4, "beta": 0.9, "iqr_factor": 0.2, "spatial_ratio": 0.2, "first_layer": 0, "end_layer": 3},
+        ),
+        reference=lambda model, params, last, row: edits_logits.Paint(model, **params),
+    ),
+    "vaf": Row(
+        variants=({}, {"enh": 1.6, "sup": 0.5, "layers": [0, 3]}),
+        reference=lambda model, params, last, row: edits_logits.Vaf(model, **params),
+    ),
+    "vas_boost": Row(
+        variants=({}, {"image": 0.6, "system": 1.0, "layers": [1, 2]}),
+        reference=lambda model, params, last, row: edits_logits.VasBoost(model, **params),
+    ),
+    "zerotuning": Row(
+        default={"gamma": 2.0},
+        variants=(
+            {"gamma": 2.0},
+            {"gamma": 0.3, "heads": [[0, 1], [1, 3], [1, 0], [3, 2]]},
+            {"gamma": 4.0, "layers": [1, 2], "heads": "all"},
+        ),
+        reference=lambda model, params, last, row: edits_logits.ZeroTuning(model, **params),
     ),
     "vcd": Row(variants=({}, {"alpha": 0.5, "beta": 0.3, "noise_step": 800}), acts_on="scores"),
     "carve": Row(acts_on="picture"),

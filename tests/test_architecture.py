@@ -75,7 +75,7 @@ def under(names: set[str], prefixes: tuple[str, ...]) -> list[str]:
 def test_the_reader_of_imports_reads() -> None:
     assert under(imports(CORE / "session.py"), ("vlm_attn.families",))
     assert "vlm_attn.attention.masks.BACKENDS" in imports(CORE / "attention" / "interface.py")
-    assert "vlm_attn.attention.masks" in imports(CORE / "attention" / "plans.py")
+    assert "vlm_attn.attention.masks" in imports(CORE / "attention" / "call.py")
 
 
 @pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=name_of)

@@ -64,6 +64,7 @@ def test_beams_score_their_own_sequences(name: str) -> None:
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     for index, sample in enumerate(batch.samples):
         reference = row.reference(model, row.default, last, 3 * index)
+        reference.pixels = sample.pixels
         logits = reference.run(sample.ids, image_features(model, sample.pixels), new[index, :-1])
         chosen = logits.log_softmax(-1)[torch.arange(steps), new[index]].sum() / steps
         assert abs(float(chosen - out.sequences_scores[index])) <= 1e-4 * float(logits.abs().max())

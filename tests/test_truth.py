@@ -27,6 +27,7 @@ def dense_rows(model: Any, batch: models.Batch, tokens: torch.Tensor, make: Any)
     rows, references = [], []
     for row, sample in enumerate(batch.samples):
         reference = make(row)
+        reference.pixels = sample.pixels
         rows.append(reference.run(sample.ids, image_features(model, sample.pixels), tokens[row, :-1]))
         margin = getattr(reference, "margin", 1.0)
         assert margin > MARGIN, f"this input sits on a threshold ({margin:.1e}): choose another seed"

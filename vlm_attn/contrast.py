@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from .errors import UnsupportedError
-from .families import Media
+from .families import Family, Media
 from .stages import Contrast
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class ContrastProcessor(LogitsProcessor):
     def _prefill(self, input_ids: Tensor) -> Tensor:
         session, request = self.session, self.session.last
         family = session.family
+        if self.method.text_branch:
+            return self._prefill_text(input_ids)
         kwargs = {k: v for k, v in family.prompt_arguments(request.prompt_kwargs).items() if k not in _OWN}
         encoded = self.encoded
         for kind, media in request.media.items():
@@ -71,6 +73,18 @@ class ContrastProcessor(LogitsProcessor):
         self.mask, self.positions = kwargs.get("attention_mask"), kwargs["position_ids"]
         self.cache = DynamicCache(config=session.family.text_config)
         return self._forward(kwargs)
+
+    def _prefill_text(self, input_ids: Tensor) -> Tensor:
+        """The prompt without its pictures, positions compact."""
+        family, given = self.session.family, self.session.last.prompt_kwargs
+        if type(family).read_text is not Family.read_text:
+            raise UnsupportedError(f"{self.method.name}: a text-only branch is not supported on {family.name}")
+        if given.get("input_ids") is None or given["input_ids"].shape != input_ids.shape:
+            raise UnsupportedError(f"{self.method.name} contrasts inside generate(); call model.generate or vlm.ask")
+        ids, mask = family.text_only(input_ids, self.session.last.tokens.valid.long())
+        self.mask, self.positions = mask, (mask.cumsum(1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=family.text_config)
+        return self._forward({"input_ids": ids, "attention_mask": mask, "position_ids": self.positions})
 
     def _repeated(self, kind: str, media: Media, features: Any) -> Any:
         """The branch's features, repeated as ``generate`` repeated the rows."""

@@ -79,10 +79,15 @@ class Edits:
     # -------------------------------------------------------------------------------------------------- prepare
 
     def _view(self, edit: Edit, layer: int, hidden: Tensor | None, request: Request) -> EditView:
-        tokens = request.tokens_at(layer)
-        encoder = {score: request.slots_at(layer, request.encoder[score]) for score in edit.encoder_scores}
-        words = request.words_at(layer) if edit.wants_words else None
-        return EditView(layer, tokens, hidden if edit.wants_hidden else None, encoder=encoder, words=words)
+        encoder = {score: request.encoder[score] for score in edit.encoder_scores}
+        return EditView(
+            layer,
+            request.tokens_at(layer),
+            request.tokens,
+            hidden if edit.wants_hidden else None,
+            encoder=encoder,
+            words=request.words if edit.wants_words else None,
+        )
 
     def prepare(self, number: int, hidden: Tensor, request: Request) -> None:
         """Asks the methods for labels, biases and maps of one layer's prompt keys (prefill, before the layer runs)."""
@@ -93,7 +98,7 @@ class Edits:
             if isinstance(edit, LogitMap):
                 request.maps[i, number] = _acting(edit.key_map(view))
             if isinstance(edit, KeyBias):
-                bias = edit.bias(view)
+                bias = self._in_heads(edit.bias(view), self._chosen(edit, number, hidden.device))
                 if bool(bias.any()):
                     request.biases[i, number] = bias
             if isinstance(edit, SegmentEdit) and not edit.wants_columns:
@@ -107,6 +112,14 @@ class Edits:
             mask = torch.zeros(self.heads, dtype=torch.bool, device=labels.device)
             mask[heads] = True
         request.labelled[i, layer] = Labelled.of(edit, labels, mask)
+
+    def _in_heads(self, bias: Tensor, heads: Tensor | None) -> Tensor:
+        """The bias ``[B, H or 1, N]``, 0 in heads that were not chosen."""
+        if heads is None:
+            return bias
+        out = bias.new_zeros(bias.shape[0], self.heads, bias.shape[2])
+        out[:, heads] = bias.expand(-1, self.heads, -1)[:, heads]
+        return out
 
     @staticmethod
     def _chosen(edit: Edit, layer: int, device: torch.device) -> Tensor | None:

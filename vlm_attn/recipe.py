@@ -10,13 +10,27 @@ from typing import Any
 import yaml
 
 from . import registry
-from .stages import Contrast, HeadScale, KeyBias, Method, Noop, Prune, Refine, SegmentEdit
+from .stages import (
+    Contrast,
+    HeadScale,
+    KeyBias,
+    LogitMap,
+    Method,
+    Noop,
+    Prune,
+    Refine,
+    RowEdit,
+    SegmentEdit,
+    SoftMask,
+)
 
 MethodLike = str | Method | Mapping[str, Any] | Sequence[Any] | Path | None
 
-# Inside a layer: biases enter before the softmax, segment mixes read the biased masses, head scales come last.
-_ORDER: tuple[type[Method], ...] = (Noop, Refine, Prune, KeyBias, SegmentEdit, HeadScale, Contrast)
-_ONE_ONLY: tuple[type[Method], ...] = (Refine, Prune, SegmentEdit, HeadScale, Contrast)
+# Inside a layer: logits, softmax, rows rewritten, then segment mixes on the biased masses; head scales come last.
+_ORDER: tuple[type[Method], ...] = (
+    Noop, Refine, Prune, LogitMap, KeyBias, SoftMask, RowEdit, SegmentEdit, HeadScale, Contrast,
+)  # fmt: skip
+_ONE_ONLY: tuple[type[Method], ...] = (Refine, Prune, SoftMask, RowEdit, HeadScale, Contrast)
 _LIMIT = 1 << 20
 
 
@@ -32,12 +46,33 @@ def pipeline(method: MethodLike) -> tuple[Method, ...]:
     """
     found = _flatten(method)
     for kind in _ONE_ONLY:
-        same = [m.name for m in found if isinstance(m, kind)]
+        same = [m.name for m in found if isinstance(m, kind) and not (kind is Contrast and not _contrasts(m))]
         if len(same) > 1:
             raise ValueError(
                 f"{' and '.join(same)} both fill the same place ({kind.__name__}) of the pipeline; keep one of them"
             )
+    _refuse_conflicts(found)
     return tuple(sorted(found, key=lambda m: next(i for i, kind in enumerate(_ORDER) if isinstance(m, kind))))
+
+
+def _contrasts(method: Method) -> bool:
+    """Whether a second branch would run."""
+    return isinstance(method, Contrast) and method.active
+
+
+def _refuse_conflicts(found: Sequence[Method]) -> None:
+    """Edits whose masses or rows would contradict each other."""
+    segments = [m for m in found if isinstance(m, SegmentEdit)]
+    moving = [m.name for m in segments if m.redistributes]
+    if len(moving) > 1:
+        raise ValueError(f"{' and '.join(moving)} both redistribute attention of the same heads; keep one of them")
+    for method in segments:
+        others = [m.name for m in [*segments, *found] if m is not method and isinstance(m, SegmentEdit | SoftMask)]
+        if method.wants_columns and others:
+            raise ValueError(
+                f"{method.name} reads the columns of the whole attention matrix, which {others[0]} changes after the "
+                "softmax; keep one of them"
+            )
 
 
 def _flatten(method: MethodLike) -> list[Method]:

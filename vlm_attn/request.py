@@ -80,16 +80,6 @@ class Request:
         stage = self.stage_at(layer)
         return self.tokens if stage is None else stage.tokens
 
-    def slots_at(self, layer: int, x: Tensor) -> Tensor:
-        """Values ``[B, N]`` of the prompt's slots at the slots that reach ``layer``."""
-        return x if self.stage_at(layer) is None else x.gather(1, self.tokens_at(layer).index)
-
-    def words_at(self, layer: int) -> Words | None:
-        """Roles from the tokenizer at the slots that reach ``layer``."""
-        if self.words is None:
-            return None
-        return Words(*(self.slots_at(layer, x) for x in (self.words.question, self.words.content)))
-
     def kept(self, layer: int) -> list[Tensor]:
         """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""
         tokens = self.tokens_at(layer)

@@ -22,6 +22,7 @@ from .attention.call import Call
 from .capture import Capture, brings_media, by_name
 from .contrast import ContrastProcessor
 from .edits import Edits
+from .encoder import EncoderReader
 from .errors import AttachError, UnsupportedError
 from .families import resolve
 from .families.base import KINDS
@@ -33,7 +34,7 @@ from .readings import Stopped
 from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
 from .request import Request
-from .stages import Contrast, Method, Prune, Refine
+from .stages import Contrast, Edit, Method, Prune, Refine
 from .streams import TextStream, read_ahead
 from .tokens import TokenMap
 
@@ -81,7 +82,7 @@ class Session:
                 raise UnsupportedError(f"{m.name} on {self.family.name}: {self.family.refused[m.stage]}")
         self.prune = next((m for m in self.methods if isinstance(m, Prune)), None)
         self.refine = next((m for m in self.methods if isinstance(m, Refine)), None)
-        self.contrast = next((m for m in self.methods if isinstance(m, Contrast)), None)
+        self.contrast = next((m for m in self.methods if isinstance(m, Contrast) and m.active), None)
         self.edits = Edits(self.methods, self.info, [n for n, _ in self.family.attentions()])
         self.request: Request | None = None
         self.image_sizes: list[list[tuple[int, int]]] | None = None
@@ -91,6 +92,8 @@ class Session:
         self._positions_given = True
         self._dry: int | None = None
         self.capture = Capture(self.family)
+        reading = ", ".join(m.name for m in self.methods if isinstance(m, Edit) and m.encoder_scores)
+        self.encoder = EncoderReader(self.model, self.edits.encoder_scores, reading)
         self._lm_start: float | None = None
         self._installed = Installation()
         self.attached = False
@@ -208,7 +211,10 @@ class Session:
         store = self.recorder.media if self.recorder is not None else None
         if not self._suspended:
             store = self.capture.media
-        return self.capture.features(kind, store, original, args, kwargs)
+        if self._suspended:
+            return self.capture.features(kind, store, original, args, kwargs)
+        with self.encoder.reading():
+            return self.capture.features(kind, store, original, args, kwargs)
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._suspended:
@@ -258,6 +264,7 @@ class Session:
         request = Request(tokens=tokens, entered=tokens, prompt_kwargs=prompt.kwargs, media=media)
         request.seen, request.prefilled = tokens.length, True
         request.times["encode_s"] = sum(m.seconds for m in media.values())
+        request.encoder = self.encoder.take(tokens)
         self.request = request
         if self.edits.text_stream_layers:
             request.text = TextStream(self, ids, mask, self.edits.paired)

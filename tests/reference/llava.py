@@ -22,7 +22,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dense:
-    """Runs one unpadded prompt and then forced tokens one at a time; methods override the four hooks below."""
+    """Runs one unpadded prompt and then forced tokens one at a time; methods override the hooks below."""
+
+    pixels: Tensor
+    """Pixels `[images, 3, S, S]` of the prompt, for methods that read the vision encoder."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -40,6 +43,14 @@ class Dense:
 
     def hidden_keys(self, layer: int, keys: int) -> Tensor | None:
         """Bool `[keys]` of the keys no other position may attend to in `layer`."""
+        return None
+
+    def edit_logits(self, layer: int, scores: Tensor, prefill: bool) -> Tensor:
+        """Scaled scores `[H, rows, keys]` before mask and softmax in, scores out."""
+        return scores
+
+    def see(self, layer: int, visible: Tensor, prefill: bool) -> Tensor | None:
+        """Factors `[rows, keys]` of `exp(score)`, given which pairs are visible; None = 1 and 0."""
         return None
 
     def edit_weights(self, layer: int, weights: Tensor, prefill: bool) -> Tensor:
@@ -106,10 +117,13 @@ class Dense:
         if hidden is not None:
             visible = visible & (~hidden[None] | (i == j))
         group = self.heads // self.kv_heads
-        weights = torch.empty(self.heads, rows, total)
-        for head in range(self.heads):
-            scores = q[head] @ keys[head // group].T * attention.scaling
-            weights[head] = scores.masked_fill(~visible, HIDDEN).softmax(dim=-1)
+        scores = torch.stack([q[head] @ keys[head // group].T for head in range(self.heads)]) * attention.scaling
+        scores = self.edit_logits(layer, scores, prefill)
+        factors = self.see(layer, visible, prefill)
+        if factors is not None:
+            visible = factors > 0
+            scores = scores + torch.where(visible, factors, 1.0).log()
+        weights = scores.masked_fill(~visible, HIDDEN).softmax(dim=-1)
         weights = self.edit_weights(layer, weights, prefill)
         outputs = torch.stack([weights[head] @ values[head // group] for head in range(self.heads)])
         outputs = self.edit_heads(layer, outputs, prefill)

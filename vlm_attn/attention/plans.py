@@ -71,7 +71,7 @@ class Remembered:
     memory: Tensor | None
 
     def apply(self, weights: Tensor, active: Tensor) -> Tensor:
-        """The weights ``[B, H, 1, N]`` of the last row after the edit, in the samples where ``active [B, 1, 1, 1]``."""
+        """The weights ``[B, H, 1, N]`` of the last row after the edit, where ``active [B, 1, 1, 1]``."""
         edited = self.edit.edit(weights[:, :, 0], self.view, self.memory)[:, :, None]
         return torch.where(active, edited, weights)
 
