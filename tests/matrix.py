@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from tests import models
+<<<<<<< /tmp/p_w
+from tests.matrix_pruning import PRUNING
+from tests.reference import edits, pruning
+=======
 from tests.reference import edits, edits_logits, pruning
+>>>>>>> /tmp/p_m
 from tests.reference.llava import Dense
 
 SINKS = {"sink_dims": (3, 7), "tau": 1.6}  # the tiny random models have sinks there
@@ -74,6 +79,7 @@ MATRIX: dict[str, Row] = {
         reference=given_kept,
     ),
     "uniform_prune": Row(variants=({}, {"layer": 0, "keep": 5}, {"layer": 1, "keep": 0.25}), reference=given_kept),
+    **{name: Row(**row) for name, row in PRUNING.items()},
     "var": Row(
         default=SINKS,
         variants=(

@@ -207,7 +207,14 @@ def test_oracle_dpp_gains_nothing_from_duplicates(seed: int) -> None:
     x = torch.cat([draw(seed, 5, 32)] * 2)
     _, gains = selectors.dpp_gains(x, torch.ones(10), 10)
     assert (gains[:5] > 0.1).all()
-    assert (gains[5:].abs() < 1e-5).all()
+    assert (gains[5:] == 0).all()
+
+
+@fifty
+def test_oracle_dpp_starts_with_the_earliest_of_equals(seed: int) -> None:
+    order, gains = selectors.dpp_gains(draw(seed, 9, 7), torch.ones(9), 3)
+    assert int(order[0]) == 0
+    assert float(gains[0]) == 1
 
 
 @fifty

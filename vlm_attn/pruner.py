@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .errors import UnsupportedError
 from .families import Family
 from .readings import TABLES, Readings
 from .request import PruneStage, Request
-from .stages import Merged, Prune, PruneView
+from .stages import Merged, Prune, PruneView, RowScore
 from .tokens import TokenMap
 
 DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
@@ -58,17 +58,11 @@ class Pruner:
         self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request
     ) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states and arguments with which a layer runs on the prompt; the same objects if nothing changes."""
-        ahead = self.readings.ahead(number)
-        if ahead:
-            given = self._left(number, hidden, kwargs, request)
-            for score in ahead:
-                call = self._dry_run(
-                    number, hidden, args, self._without_rope(given) if score.rope == "free" else given
-                )
-                self.readings.take([score], call, request, given.get("position_embeddings"))
+        self._read_ahead(self.readings.own(number), number, hidden, args, kwargs, request)
         cut = self._cut(number, request, hidden) if number > 0 else None
         if cut is not None:
             hidden = pruning.take(cut[2], cut[1])
+        self._read_ahead(self.readings.bare(number), number, hidden, args, kwargs, request)
         kwargs = self._left(number, hidden, kwargs, request)
         if self.readings.wants_tables(number):
             request.notes[TABLES] = kwargs.get("position_embeddings")
@@ -89,6 +83,21 @@ class Pruner:
         scores = self.readings.passing(layer)
         if scores:
             self.readings.take(scores, call, request, request.notes.pop(TABLES, None))
+
+    def _read_ahead(
+        self,
+        scores: Sequence[RowScore],
+        number: int,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        request: Request,
+    ) -> None:
+        """Takes scores off the input of a layer, by running it dry."""
+        for score in scores:
+            given = self._left(number, hidden, kwargs, request)
+            call = self._dry_run(number, hidden, args, self._without_rope(given) if score.rope == "free" else given)
+            self.readings.take([score], call, request, given.get("position_embeddings"))
 
     def _left(self, number: int, hidden: Tensor, kwargs: dict[str, Any], request: Request) -> dict[str, Any]:
         """Layer arguments of the prefill on the slots that are left."""
@@ -112,6 +121,8 @@ class Pruner:
         tokens = request.tokens_at(number)
         visible = self._visible(tokens) if prune.wants_padding else None
         scores = request.scores.get(site.score) if site.score else None
+        if scores is not None and scores.shape != tokens.valid.shape:
+            raise ValueError(f"{prune.name}: tokens left between layer {site.score and site.score.layer} and the site")
         shown = hidden if site.hidden else None
         answer = prune.keep_mask(PruneView(site, tokens, scores, visible, shown, request.notes))
         keep = answer.keep if isinstance(answer, Merged) else answer

@@ -55,16 +55,18 @@ class Readings:
             raise UnsupportedError(f"the rows '{name}' need the input embeddings, which this model does not show")
         return self.prune.rows(name, tokens, embeds)
 
-    def ahead(self, layer: int) -> list[RowScore]:
-        """Scores of a layer that are read off its input, before it runs."""
+    def own(self, layer: int) -> list[RowScore]:
+        """The score of a layer that its own site asks for: read off the layer's input before tokens leave there."""
         site = self.sites.get(layer)
-        own = site.score if site is not None else None
-        return [s for s in self.scores if s.layer == layer and (s.rope == "free" or s == own)]
+        return [site.score] if site is not None and site.score is not None and site.score.layer == layer else []
+
+    def bare(self, layer: int) -> list[RowScore]:
+        """Scores without rotary embedding that later sites ask for: read off the input the layer runs on."""
+        return [s for s in self.scores if s.layer == layer and s.rope == "free" and s not in self.own(layer)]
 
     def passing(self, layer: int) -> list[RowScore]:
         """Scores of a layer that are read while it runs."""
-        ahead = self.ahead(layer)
-        return [s for s in self.scores if s.layer == layer and s not in ahead]
+        return [s for s in self.scores if s.layer == layer and s.rope != "free" and s not in self.own(layer)]
 
     def wants_tables(self, layer: int) -> bool:
         """Whether a score of this layer needs the rotary tables."""

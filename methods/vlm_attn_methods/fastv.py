@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from vlm_attn.profiles import Profile
-from vlm_attn.selection import Keep, exp_trend, select, top_k
-from vlm_attn.stages import ModelInfo, Prune, PruneView, RowScore, Site, check_layer, method_dataclass
+from vlm_attn.selection import Keep, select, top_k
+from vlm_attn.stages import ModelInfo, PruneView, Site, check_layer, method_dataclass
+
+from ._debias import Debiased
 
 
 @method_dataclass
-class FastV(Prune):
+class FastV(Debiased):
     """Keeps the visual tokens with the largest attention from the last prompt token one layer earlier.
 
     Formula: ``a_i = mean_h A^(K-1)[h, last, i]`` (post-softmax, fp32, over all keys); per image the top
@@ -32,7 +33,7 @@ class FastV(Prune):
     Attributes:
         layer: K, 0-based, at least 1 (the score comes from layer K-1).
         keep: tokens kept per image: a count, or a share in (0, 1].
-        calibrate: any of ``"exp_trend"``, ``"pad_mask"``.
+        calibrate: any of ``exp_trend``, ``pad_mask``, ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
 
     Source: arXiv 2403.06764; debiasing arXiv 2508.17807.
@@ -47,31 +48,17 @@ class FastV(Prune):
 
     layer: Annotated[int, Field(ge=1)] = 2
     keep: Keep = 0.5
-    calibrate: Sequence[Literal["exp_trend", "pad_mask"]] = ()
-    sigma: float | None = None
 
     @classmethod
     def neutral(cls) -> FastV:
         return cls(layer=1, keep=1.0)
 
-    @property
-    def wants_padding(self) -> bool:  # type: ignore[override]
-        return "pad_mask" in self.calibrate
-
     def resolve(self, model: ModelInfo, profile: Profile) -> FastV:
         check_layer(self.name, "layer", self.layer, model, lowest=1)
-        if "exp_trend" in self.calibrate and self.sigma is None:
-            record = profile.need(f"trend:{self.sites()[0].score.id}", self.name)  # type: ignore[union-attr]
-            return self.with_values(sigma=float(record["sigma"]))
-        return self
+        return self.with_trend(profile)
 
     def sites(self) -> tuple[Site, ...]:
-        return (Site(self.layer, RowScore(self.layer - 1)),)
+        return (Site(self.layer, self.first(self.layer - 1)),)
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        if view.scores is None:
-            raise ValueError("fastv ran without its attention score: the layer before the site was skipped")
-        scores = view.scores
-        if "exp_trend" in self.calibrate and self.sigma is not None:
-            scores = exp_trend(view.tokens, scores, self.sigma)
-        return select(view.tokens, self.keep, top_k(scores), view.visible)
+        return select(view.tokens, self.keep, top_k(self.debiased(view)), self.shown(view))

@@ -42,7 +42,7 @@ def dpp(x: Tensor, relevance: Vector, k: int) -> list[int]:
     """Greedy MAP by determinants: each step takes the token with the largest `log det K[chosen + i]`."""
     z = torch.nn.functional.normalize(x.double(), dim=-1)
     r = torch.tensor(relevance, dtype=torch.float64)
-    kernel = r[:, None] * (z @ z.T) * r[None]
+    kernel = r[:, None] * (z @ z.T).fill_diagonal_(1.0) * r[None]
     chosen: list[int] = []
     while len(chosen) < min(k, len(z)):
         rest = [i for i in range(len(z)) if i not in chosen]

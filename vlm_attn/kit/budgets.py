@@ -74,12 +74,12 @@ VISIONZIP = {64: (54, 10), 128: (108, 20), 192: (162, 30)}
 """VisionZip: (dominant tokens, CLS among them; contextual tokens)."""
 
 
-def scaled_layers(layers: Sequence[int], depth: int, published_depth: int = 32) -> tuple[int, ...]:
-    """Published layer numbers carried over to a model of another depth: ``round(l depth / published)``, at least 1
-    and strictly ascending [ours]."""
+def scaled_layers(layers: Sequence[int], depth: int, lowest: int = 1, published_depth: int = 32) -> tuple[int, ...]:
+    """Published layer numbers carried over to a model of another depth: ``round(l depth / published)``, at least
+    ``lowest`` and strictly ascending [ours]."""
     out: list[int] = []
     for layer in layers:
-        out.append(max(round(layer * depth / published_depth), (out[-1] + 1) if out else 1))
+        out.append(max(round(layer * depth / published_depth), (out[-1] + 1) if out else lowest))
     return tuple(out)
 
 

@@ -196,7 +196,7 @@ def dpp_gains(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tens
     r = relevance.float()
     n = z.shape[-2]
     steps = min(k, n)
-    diagonal = r * r * z.pow(2).sum(-1)
+    diagonal = r * r * (z != 0).any(-1)  # exactly, so that equal relevance ties
     gains, taken = diagonal, torch.zeros_like(diagonal, dtype=torch.bool)
     basis = z.new_zeros((*r.shape[:-1], steps, n))
     chosen, values = [], []

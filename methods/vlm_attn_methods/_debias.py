@@ -1,0 +1,62 @@
+"""Shared by pruning methods that rank by attention: what may be done to the score before anything is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from torch import Tensor
+
+from vlm_attn.profiles import Profile
+from vlm_attn.selection import exp_trend
+from vlm_attn.stages import Prune, PruneView, RowScore, method_dataclass
+
+Calibrator = Literal["exp_trend", "pad_mask", "rope_free", "rope_ones"]
+
+
+@method_dataclass
+class Debiased(Prune):
+    """Attention debiasing of the first stage's score (arXiv 2508.17807) and its rotary variants.
+
+    ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``; sigma per checkpoint, from a profile.
+    ``pad_mask``: tokens that show only padding (more than half of the cell) are never chosen, so an image may keep
+    fewer than its budget. ``rope_free``: queries and keys before the rotary embedding, softmax over the visual keys
+    alone. ``rope_ones``: weights divided by what RoPE leaves of all-ones vectors, clamped at 0.1.
+    """
+
+    calibrate: Sequence[Calibrator] = ()
+    sigma: float | None = None
+
+    @property
+    def wants_padding(self) -> bool:  # type: ignore[override]
+        return "pad_mask" in self.calibrate
+
+    def first(self, layer: int, **how: Any) -> RowScore:
+        """The first stage's reading, with the rotary variant that ``calibrate`` asks for."""
+        free, ones = "rope_free" in self.calibrate, "rope_ones" in self.calibrate
+        if free and ones:
+            raise ValueError(f"{self.name}: rope_free and rope_ones exclude each other; choose one")
+        if free or ones:
+            how["rope"] = "free" if free else "ones"
+        return RowScore(layer, **how)
+
+    def with_trend(self, profile: Profile) -> Self:
+        """The method with its sigma read from the profile, if ``exp_trend`` needs it."""
+        if "exp_trend" not in self.calibrate or self.sigma is not None:
+            return self
+        score = self.sites()[0].score
+        record = profile.need(f"trend:{score.id if score else ''}", self.name)
+        return self.with_values(sigma=float(record["sigma"]))
+
+    def debiased(self, view: PruneView) -> Tensor:
+        """fp32 ``[B, N]`` scores of a site; later stages are left as they are."""
+        if view.scores is None:
+            raise ValueError(f"{self.name} ran without its attention score: the layer it reads was skipped")
+        first = view.site.layer == self.sites()[0].layer
+        if first and "exp_trend" in self.calibrate and self.sigma is not None:
+            return exp_trend(view.tokens, view.scores, self.sigma)
+        return view.scores
+
+    def shown(self, view: PruneView) -> Tensor | None:
+        """Visual tokens that may be chosen, or None."""
+        return view.visible if "pad_mask" in self.calibrate else None

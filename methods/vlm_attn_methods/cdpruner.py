@@ -1,0 +1,66 @@
+"""CDPruner: a determinantal point process over visual tokens, conditioned on what the question asks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vlm_attn.kit.calibrators import minmax, tilt
+from vlm_attn.kit.scores import unit
+from vlm_attn.kit.selectors import dpp
+from vlm_attn.selection import Keep, select
+from vlm_attn.stages import PruneView, Site, method_dataclass
+
+from ._one_site import OneSite
+
+
+@method_dataclass
+class CDPruner(OneSite):
+    """Keeps visual tokens that are diverse, and relevant to the question where relevance is asked for.
+
+    Formula: ``K = diag(r) S diag(r)``, S = cosines of the projected features; greedy MAP of the determinantal point
+    process takes ``argmax d_i^2`` and updates ``d^2`` until the budget of the image is reached. ``r`` is the
+    min-max scaled relevance of the image, tilted by ``exp(theta / (2 (1 - theta)) r)`` if ``theta`` is given.
+
+    Acts at the language model's input (``layer=0``), prefill only; text is never dropped.
+
+    Attributes:
+        layer: decoder layer before which tokens leave, 0-based; 0 as published.
+        keep: tokens kept per image: a count, or a share in (0, 1].
+        relevance: ``"none"``: r = 1, diversity alone; ``"embedding"``: mean cosine between a visual token and the
+            text after the picture, both as they enter the language model [ours: stands in for the CLIP text tower].
+        theta: weight of relevance in [0, 1); None uses r as it is.
+        positions: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions (the only
+            choice on M-RoPE models).
+
+    Source: arXiv 2506.10967.
+    Deviations: the published relevance needs the CLIP text tower that belongs to the vision tower, which LLaVA
+    checkpoints do not contain; it is not offered here. Relevance is scaled per image, not over the batch; a token
+    whose gain has fallen to rounding noise gains exactly 0; ties go to the earlier token.
+    """
+
+    name = "cdpruner"
+    summary = "keep diverse visual tokens by a determinantal point process, relevance optional"
+    paper = "arXiv:2506.10967"
+
+    layer: Annotated[int, Field(ge=0)] = 0
+    keep: Keep = 0.1112
+    relevance: Literal["none", "embedding"] = "none"
+    theta: Annotated[float, Field(ge=0, lt=1)] | None = None
+    positions: Literal["renumber", "keep"] = "renumber"
+
+    def sites(self) -> tuple[Site, ...]:
+        return (Site(self.layer, hidden=True),)
+
+    def keep_mask(self, view: PruneView) -> Tensor:
+        def choose(row: int, slots: Tensor, k: int) -> Tensor:
+            z, text = view.features[row, slots], view.features[row, view.tokens.qry[row]]
+            r = torch.ones(slots.numel(), device=z.device)
+            if self.relevance == "embedding" and text.numel():
+                r = minmax((unit(z) @ unit(text).T).mean(-1), eps=1e-6)
+            return dpp(z, r if self.theta is None else tilt(r, self.theta), k)
+
+        return select(view.tokens, self.keep, choose)

@@ -1,0 +1,136 @@
+"""Pruning methods keep what a literal implementation keeps, on 50 random prompts and pictures each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vlm_attn
+from tests import models
+from tests.matrix import MATRIX
+from tests.matrix_pruning import PRUNING
+from tests.reference.llava import image_features
+from tests.reference.pruning_stages import Staged
+from vlm_attn.errors import UnsupportedError
+
+PROMPTS = 50
+CASES = [(name, number) for name, row in PRUNING.items() for number in range(len(row["variants"]))]
+
+
+@pytest.mark.parametrize(("name", "number"), CASES)
+def test_kept_sets(name: str, number: int) -> None:
+    """Variants share the 50 prompts among them; every stage is compared."""
+    row = MATRIX[name]
+    params, model = row.variants[number], models.llava(4)
+    compared = 0
+    with vlm_attn.attach(model, vlm_attn.method(name, **params)) as session:
+        for seed in range(number, PROMPTS, len(row.variants)):
+            prompt = models.sample(2 + seed % 4, 4 + seed % 5, images=1 + seed % 2, seed=100 + seed)
+            with torch.no_grad():
+                model(**prompt.inputs())
+            last = session.last
+            reference: Any = row.reference(model, params, last, 0)
+            reference.run(prompt.ids, image_features(model, prompt.pixels))
+            if reference.margin < 1e-5:
+                continue  # fp32 may cut either way
+            compared += 1
+            for layer in reference.layers:
+                assert last.kept(layer)[0].tolist() == reference.kept[layer].tolist(), (seed, layer)
+    assert compared >= 0.8 * len(range(number, PROMPTS, len(row.variants)))
+
+
+@pytest.mark.parametrize("name", ["pyramiddrop", "divprune", "sparsevlm"])
+def test_renumbering_moves_positions_and_keeping_does_not(name: str) -> None:
+    """The two policies keep the same tokens at the first stage and differ in their logits."""
+    model, inputs = models.llava(4), models.single().inputs()
+    seen = {}
+    for positions in ("keep", "renumber"):
+        with vlm_attn.attach(model, vlm_attn.method(name, positions=positions)) as session, torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+            seen[positions] = session.last.stages[0].idx, logits
+    assert torch.equal(seen["keep"][0], seen["renumber"][0])
+    assert (seen["keep"][1] - seen["renumber"][1]).abs().max() > 1e-3
+
+
+def test_renumbering_is_refused_where_the_tables_cannot_be_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.build_llava(4)
+    rotary = model.get_decoder().rotary_emb
+    plain = type(rotary).forward
+    calls: list[int] = []
+
+    def drifting(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        calls.append(1)
+        cos, sin = plain(self, x, position_ids)
+        return cos * (1 + 0.1 * len(calls)), sin
+
+    with vlm_attn.attach(model, vlm_attn.method("pyramiddrop")):
+        monkeypatch.setattr(type(rotary), "forward", drifting)
+        with pytest.raises(UnsupportedError, match="positions='keep'"), torch.no_grad():
+            model(**models.single().inputs())
+
+
+def test_debiasing_variants_rank_differently() -> None:
+    model, inputs = models.llava(4), models.single().inputs()
+    kept = {}
+    for calibrate in ((), ("exp_trend",), ("rope_free",), ("rope_ones",)):
+        method = vlm_attn.method("fastv", keep=6, calibrate=list(calibrate), sigma=3.0)
+        with vlm_attn.attach(model, method) as session, torch.no_grad():
+            model(**inputs)
+            kept[calibrate] = tuple(session.last.kept(2)[0].tolist())
+    assert len(set(kept.values())) >= 3
+    with pytest.raises(ValueError, match="exclude each other"):
+        vlm_attn.attach(model, vlm_attn.method("fastv", calibrate=["rope_free", "rope_ones"]))
+
+
+def test_rotary_variants_of_the_score_are_the_references() -> None:
+    """FastV with the scores of FEATHER and of SparseVLM+."""
+    model = models.llava(4)
+    for seed in range(10):
+        prompt = models.sample(3, 5, seed=seed)
+        features = image_features(model, prompt.pixels)
+        reference = _Rotary(model)
+        reference.run(prompt.ids, features)
+        for variant in ("free", "ones"):
+            with (
+                vlm_attn.attach(model, vlm_attn.method("fastv", keep=5, calibrate=[f"rope_{variant}"])) as session,
+                torch.no_grad(),
+            ):
+                model(**prompt.inputs())
+                (score,) = session.last.scores.values()
+            image = reference.alive[0]
+            assert torch.allclose(score[0, image], reference.rows[variant][image], atol=1e-6)
+
+
+class _Rotary(Staged):
+    """Reads the last row of layer 1 in both variants; cuts nothing."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, [])
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def before(self, layer: int, x: torch.Tensor) -> None:
+        """At layer 1."""
+        if layer == 1:
+            self.rows["free"] = self.own_row(1, x, rotary=False).mean(0)
+            row = self.own_row(1, x).mean(0)
+            theta, n = self.lm.rotary_emb.inv_freq.double(), len(x)
+            gain = [float(torch.cos((n - 1 - s) * theta).mean()) for s in range(n)]
+            self.rows["ones"] = row / torch.tensor(gain).clamp(min=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("pyramiddrop", {"layers": [2, 2], "keep": [0.5, 0.2]}, "ascend"),
+        ("pyramiddrop", {"layers": [2]}, "as many budgets"),
+        ("pyramiddrop", {"layers": [1, 2, 4]}, "not a layer"),
+        ("himap", {"layers": [1, 2, 3], "keep": [0.5, 0.4, 0.3]}, "two layers"),
+        ("sparsevlm", {"layers": [3], "keep": [0.5]}, "not a layer"),
+        ("feather", {"layers": [0], "keep": [0.5]}, "greater than or equal to 1"),
+    ],
+)
+def test_wrong_schedules_are_refused(name: str, params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vlm_attn.attach(models.llava(4), vlm_attn.method(name, **params))
