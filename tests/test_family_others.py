@@ -228,6 +228,31 @@ def test_blip_with_an_encoder_decoder_is_refused() -> None:
         vlm_attn.attach(Blip2ForConditionalGeneration(config))
 
 
+def test_mllama_has_a_second_branch_and_nothing_else() -> None:
+    """The branch encodes its own pixels; later tokens keep the tiles that the prompt's last token saw."""
+    model, specimen = built("mllama"), SPECIMENS["mllama"]
+    for name in ("fastv", "vhr", "carve"):
+        with pytest.raises(UnsupportedError, match="cross-attention"):
+            vlm_attn.attach(model, name)
+    inputs = specimen.inputs([TWO, OTHER])
+    with vlm_attn.attach(model, Blackened()) as session:
+        out = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_scores=True
+        )
+        assert session.last.tokens.vis.sum(1).tolist() == [2, 1]
+    prompt = inputs["input_ids"].shape[1]
+    for step, scores in enumerate(out.scores):
+        both = []
+        for pixels in (inputs["pixel_values"], torch.zeros_like(inputs["pixel_values"])):
+            whole = dict(inputs, pixel_values=pixels, input_ids=out.sequences[:, : prompt + step])
+            whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, step), value=1)
+            tiles = inputs["cross_attention_mask"]
+            whole["cross_attention_mask"] = torch.cat([tiles, tiles[:, -1:].expand(-1, step, -1, -1)], dim=1)
+            both.append(model(**whole).logits[:, -1])
+        assert distance(scores, 2 * both[0] - both[1]) < 1e-4
+        assert distance(both[0], both[1]) > 1e-2, "the black picture looks the same: nothing is tested"
+
+
 def test_refused_families_are_real_and_say_why() -> None:
     from transformers import CONFIG_MAPPING, GitConfig, GitForCausalLM
 

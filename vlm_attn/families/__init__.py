@@ -25,6 +25,8 @@ from .glm4v import Glm4v
 from .lfm2 import Lfm2VL
 from .lighton import LightOnOcr
 from .llava import Llava, VideoLlava
+from .mllama import Mllama
+from .minicpmv import MiniCPMV
 from .molmo2 import Molmo2
 from .ovis2 import Ovis2
 from .paligemma import PaliGemma
@@ -65,6 +67,7 @@ ADAPTERS: dict[str, type[Family]] = {
     "janus": Janus,
     "lfm2_vl": Lfm2VL,
     "molmo2": Molmo2,
+    "mllama": Mllama,
     "qwen2_vl": MergedGrid,
     "qwen2_5_vl": MergedGrid,
     "qwen3_vl": DeepStack,
@@ -78,6 +81,7 @@ ADAPTERS: dict[str, type[Family]] = {
     "glm_ocr": Glm4v,
     "ernie4_5_vl_moe": ErnieVL,
     "video_llama_3": VideoLlama3,
+    "minicpmv4_6": MiniCPMV,
 }
 
 

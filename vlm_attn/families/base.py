@@ -83,7 +83,7 @@ class Family:
         self.head: Any = self._need(model.get_output_embeddings(), "an output head (get_output_embeddings())")
         self.text_config: Any = model.config.get_text_config()
         self.placeholders: dict[str, int] = self._placeholders()
-        self._need(self.features("image"), "get_image_features() on its base model")
+        self._check_features()
         self._attentions = [self._attention(number, layer) for number, layer in enumerate(self.layers)]
         self._need(next(iter(self.attentions()), None), "a decoder layer with attention")
 
@@ -91,6 +91,9 @@ class Family:
         """The stack of decoder layers; some models answer with a language model that wraps it."""
         decoder: Any = self.model.get_decoder()
         return decoder if decoder is None or hasattr(decoder, "layers") else decoder.get_decoder()
+
+    def _check_features(self) -> None:
+        self._need(self.features("image"), "get_image_features() on its base model")
 
     def _who(self) -> str:
         return f"{type(self.model).__name__} (family {self.name})"

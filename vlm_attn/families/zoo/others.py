@@ -381,6 +381,52 @@ class Molmo2(Specimen):
         return interleaved(sample, "<|image|>")
 
 
+class Mllama(Specimen):
+    """Llama 3.2 Vision: pictures enter through two cross-attention layers."""
+
+    name = "mllama"
+
+    def config(self, **changes: Any) -> Any:
+        """Tiles of 4 x 4 patches, cross-attention in the layers 1 and 3."""
+        from transformers import MllamaConfig, MllamaTextConfig, MllamaVisionConfig
+
+        vision = MllamaVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=4,
+            image_size=56, patch_size=14, vision_output_dim=64, intermediate_layers_indices=[0],
+        )  # fmt: skip
+        text = MllamaTextConfig(**text_config(**{"cross_attention_layers": [1, 3], **changes}))
+        return MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
+
+    def model_class(self) -> type:
+        """The model class."""
+        from transformers import MllamaForConditionalGeneration
+
+        return MllamaForConditionalGeneration
+
+    def build(self, **arguments: Any) -> Any:
+        """With open gates: fresh ones are closed, and the model blind."""
+        model = super().build(**arguments)
+        for name, gate in model.named_parameters():
+            if name.endswith(("attn_gate", "mlp_gate")):
+                gate.fill_(0.5)
+        return model
+
+    def processor(self) -> Any:
+        """Up to four tiles of 56 x 56, padded."""
+        from transformers import MllamaImageProcessorPil, MllamaProcessor
+
+        images = MllamaImageProcessorPil(size={"height": 56, "width": 56}, max_image_tiles=4)
+        return MllamaProcessor(images, word_tokenizer({"<|image|>": IMAGE_ID, "<|python_tag|>": BREAK}))
+
+    def prompt(self, sample: Sample) -> str:
+        """Pictures first: a word in front of them attends to every slot of the batch, padding pictures too."""
+        return "<|image|>" * len(sample.pictures) + " ".join(spoken(run) for run in sample.words())
+
+    def nest(self, images: list[list[Any]]) -> Any:
+        """One list per sample."""
+        return images
+
+
 SPECIMENS: tuple[Specimen, ...] = (
     PaliGemma(),
     Gemma3(),
@@ -391,4 +437,5 @@ SPECIMENS: tuple[Specimen, ...] = (
     Janus(),
     Lfm2VL(),
     Molmo2(),
+    Mllama(),
 )
