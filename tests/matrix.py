@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from tests import models
-<<<<<<< /tmp/p_w
 from tests.matrix_pruning import PRUNING
-from tests.reference import edits, pruning
-=======
 from tests.reference import edits, edits_logits, pruning
->>>>>>> /tmp/p_m
 from tests.reference.llava import Dense
 
 SINKS = {"sink_dims": (3, 7), "tau": 1.6}  # the tiny random models have sinks there

@@ -39,13 +39,8 @@ def test_every_method_has_controls_that_give_its_defaults(row: Any) -> None:
 
 
 def test_controls_are_read_as_the_method_types_them() -> None:
-<<<<<<< /tmp/p_w
     fastv = next(row for row in vlm_attn.methods() if row.name == "fastv")
     wanted = {p.name: p for p in parameters.parameters(fastv.cls)}
-=======
-    row = next(row for row in vlm_attn.methods() if row.name == "fastv")
-    wanted = {p.name: p for p in parameters.parameters(row.cls)}
->>>>>>> /tmp/p_m
     assert wanted["keep"].help.startswith("tokens kept per image")
     assert wanted["layer"].kind == "whole" and wanted["layer"].low == 1
     assert parameters.from_control(wanted["calibrate"], "[pad_mask]") == ("pad_mask",)
