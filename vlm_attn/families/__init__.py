@@ -25,6 +25,7 @@ from .glm4v import Glm4v
 from .lfm2 import Lfm2VL
 from .lighton import LightOnOcr
 from .llava import Llava, VideoLlava
+from .minicpmv import MiniCPMV
 from .mllama import Mllama
 from .minicpmv import MiniCPMV
 from .molmo2 import Molmo2
@@ -81,6 +82,7 @@ ADAPTERS: dict[str, type[Family]] = {
     "glm_ocr": Glm4v,
     "ernie4_5_vl_moe": ErnieVL,
     "video_llama_3": VideoLlama3,
+    "minicpmv4_6": MiniCPMV,
     "minicpmv4_6": MiniCPMV,
 }
 

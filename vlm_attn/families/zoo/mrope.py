@@ -87,14 +87,15 @@ class Merged(Specimen):
     def processor(self) -> Any:
         """Sides rounded to whole merged patches; every frame of a video is kept."""
         processor, images, videos = self.parts
-        roles = {ROLES[number]: token for token, number in self.special.items()}
-        made = {
-            "image_processor": getattr(transformers, images)(**self.pictures),
-            "tokenizer": word_tokenizer(self.special, extra_special_tokens=roles),
-        }
+        made = {"image_processor": getattr(transformers, images)(**self.pictures), "tokenizer": self.tokenizer()}
         if videos:
             made["video_processor"] = getattr(transformers, videos)(**self.clips)
         return getattr(transformers, processor)(**made)
+
+    def tokenizer(self) -> Any:
+        """Words, and the special tokens under the names by which processors ask for them."""
+        roles = {ROLES[number]: token for token, number in self.special.items()}
+        return word_tokenizer(self.special, extra_special_tokens=roles)
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Some processors hand tensors to numpy in a way that newer versions of numpy warn about."""
@@ -295,7 +296,42 @@ class Exaone45(Merged):
         return transformers.Exaone4Config if part == "Text" else super().config_class(part)
 
 
+class MiniCPMV(Merged):
+    """MiniCPM-V 4.6: a picture above 64 x 64 pixels is shown whole and in slices; Qwen3.5's decoder; pictures only."""
+
+    name = "minicpmv4_6"
+    stem = "MiniCPMV4_6"
+    video = False
+    parts = ("MiniCPMV4_6Processor", "MiniCPMV4_6ImageProcessor", "MiniCPMV4_6VideoProcessor")
+    special: ClassVar[dict[str, int]] = {
+        "<|image_pad|>": IMAGE_ID, "<|video_pad|>": VIDEO_ID, "<image>": START_ID, "</image>": END_ID,
+    }  # fmt: skip
+    slices: ClassVar[dict[str, int]] = {"<slice>": 105, "</slice>": 106, "<image_id>": 107, "</image_id>": 108}
+    image = "<|image_pad|>"
+    ids: ClassVar[dict[str, Any]] = {"image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID, "insert_layer_id": 0}
+    decoder: ClassVar[dict[str, Any]] = Qwen35.decoder
+    tower: ClassVar[dict[str, Any]] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 4,
+        "image_size": 64,
+    }  # fmt: skip
+    pictures: ClassVar[dict[str, Any]] = {"patch_size": 4, "scale_resolution": 64, "max_slice_nums": 4}
+    clips: ClassVar[dict[str, Any]] = {"patch_size": 4, "scale_resolution": 64}
+
+    def config_class(self, part: str) -> Any:
+        """The decoder is Qwen3.5's."""
+        return transformers.Qwen3_5TextConfig if part == "Text" else super().config_class(part)
+
+    def tokenizer(self) -> Any:
+        """The tags of slices and picture numbers have names of their own."""
+        names = ("slice_start_token", "slice_end_token", "image_id_start_token", "image_id_end_token")
+        roles = {ROLES[number]: token for token, number in self.special.items()}
+        return word_tokenizer(
+            {**self.special, **self.slices},
+            extra_special_tokens={**roles, **dict(zip(names, self.slices, strict=True))},
+        )
+
+
 SPECIMENS: tuple[Specimen, ...] = (
     Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), Qwen35(), Glm4v(), Glm46V(), Glm4vMoe(), GlmOcr(), PaddleOcrVL(),
-    Ernie45VLMoe(), VideoLlama3(), Exaone45(),
+    Ernie45VLMoe(), VideoLlama3(), Exaone45(), MiniCPMV(),
 )  # fmt: skip
