@@ -101,7 +101,8 @@ class Capture:
         encoded = bound.get("mm_encoder_outputs") or {}
         for kind in KINDS:
             output, ours = encoded.get(kind), self.media.get(kind)
-            if output is not None and (ours is None or ours.output is not output):
+            # What generate encoded ahead arrives here, perhaps copied to another device on the way.
+            if output is not None and (ours is None or not (self._generating or ours.output is output)):
                 self.media[kind] = Media(kind, {}, output)  # finished features of the caller
         whole = self.prompt.kwargs if self.prompt is not None else bound
         self.prompt = Prompt(bound.get("input_ids"), bound.get("attention_mask"), whole)

@@ -45,7 +45,9 @@ class ContrastProcessor(LogitsProcessor):
             branch = self._prefill(input_ids) if self.cache is None else self._step(input_ids)
         self.length = input_ids.shape[1]
         out = self.method.combine(scores.float(), branch.to(scores.device).float())
-        return out.masked_fill(scores == float("-inf"), float("-inf"))
+        out = out.masked_fill(scores == float("-inf"), float("-inf"))
+        # A sample without a picture has nothing to be contrasted with.
+        return torch.where(self.session.last.tokens.vis.any(1, keepdim=True).to(out.device), out, scores.float())
 
     def _prefill(self, input_ids: Tensor) -> Tensor:
         session, request = self.session, self.session.last

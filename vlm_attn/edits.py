@@ -11,6 +11,7 @@ from torch import Tensor
 from .attention import columns, soft
 from .attention.call import Call, RowMap, Run, fused_inputs
 from .attention.plans import Gated, Labelled, Remembered, edit_decode, edit_rows
+from .errors import UnsupportedError
 from .request import Request
 from .stages import (
     Edit,
@@ -297,7 +298,7 @@ class Edits:
 def _with_attention(edit: Edit, wanted: frozenset[int], attention: Collection[int], info: ModelInfo) -> frozenset[int]:
     found = frozenset(wanted).intersection(attention)
     if wanted and not found:
-        raise ValueError(
+        raise UnsupportedError(
             f"{edit.name}: none of its layers {sorted(wanted)} has attention in {info.family}; choose among "
             f"{sorted(attention)}"
         )

@@ -27,7 +27,6 @@ from .lighton import LightOnOcr
 from .llava import Llava, VideoLlava
 from .minicpmv import MiniCPMV
 from .mllama import Mllama
-from .minicpmv import MiniCPMV
 from .molmo2 import Molmo2
 from .ovis2 import Ovis2
 from .paligemma import PaliGemma
@@ -82,7 +81,6 @@ ADAPTERS: dict[str, type[Family]] = {
     "glm_ocr": Glm4v,
     "ernie4_5_vl_moe": ErnieVL,
     "video_llama_3": VideoLlama3,
-    "minicpmv4_6": MiniCPMV,
     "minicpmv4_6": MiniCPMV,
 }
 

@@ -19,6 +19,7 @@ from ..profiles import Profile
 from ..registry import MethodRow
 from ..session import Session, attach
 from ..stages import Method
+from . import Family, resolve
 from .zoo import SPECIMENS, Sample, Specimen
 
 STEPS = 5  # the prefill and four cached steps
@@ -27,18 +28,38 @@ REFUSALS = (UnsupportedError, AttachError, MissingProfileError)
 
 # What stands in for calibrated data on a random model. Only the mechanics are executed with it.
 STAND_INS: dict[str, dict[str, Any]] = {
-    "sinks": {"dims": [3, 7, 11], "tau": 1.0},
     "trend": {"sigma": 0.5},
 }
 
 
 class StandInProfile(Profile):
-    """A profile that answers every entry of :data:`STAND_INS`."""
+    """A profile that answers every entry of :data:`STAND_INS`, and ``sinks`` so that some visual tokens are sinks."""
+
+    def __init__(self, family: Family, inputs: dict[str, Tensor]):
+        super().__init__("", {})
+        self.stand_ins = {**STAND_INS, "sinks": _sinks(family, inputs)}
 
     def need(self, entry: str, method: str) -> dict[str, Any]:
         """The stand-in for an entry, whatever its layer or reading."""
         kind = entry.partition(":")[0]
-        return STAND_INS[kind] if kind in STAND_INS else super().need(entry, method)
+        return self.stand_ins[kind] if kind in self.stand_ins else super().need(entry, method)
+
+
+def _sinks(family: Family, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Three dimensions, and the threshold that 30 % of the visual tokens exceed in the middle of the decoder."""
+    dims, seen = [3, 7, 11], []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = family.layers[len(family.layers) // 2].register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        trace(family.model, inputs, 1)
+    finally:
+        handle.remove()
+    x = seen[0][inputs["input_ids"] == family.placeholders["image"]].float()
+    strength = x[:, dims].abs().amax(-1) / x.pow(2).mean(-1).sqrt()
+    return {"dims": dims, "tau": float(strength.quantile(0.7))}
 
 
 @dataclass(frozen=True)
@@ -117,8 +138,8 @@ class Bench:
         self.specimen, self.backend = specimen, backend
         self.model = specimen.build(backend=backend)
         self.rows = batches(specimen)
-        self.profile = StandInProfile("", {})
         rows: dict[str, list[int | None]] = {kind: [None, *range(len(rows))] for kind, rows in self.rows.items()}
+        self.profile = StandInProfile(resolve(self.model), self.inputs("padded"))
         self.stock = {(kind, row): trace(self.model, self.inputs(kind, row)) for kind in rows for row in rows[kind]}
 
     @functools.cache  # noqa: B019 - benches are few and short-lived
@@ -167,7 +188,8 @@ def _checks(b: Bench, row: MethodRow, figures: dict[str, float]) -> str:
         with b.attached(default):
             alone = [trace(b.model, b.inputs("padded", row)) for row in range(len(b.rows["padded"]))]
             together = trace(b.model, b.inputs("padded"))
-        figures["effect"] = _effect(alone[0], b.stock["padded", 0])
+        # A method that looks at the picture first may leave one prompt alone.
+        figures["effect"] = max(_effect(changed, b.stock["padded", row]) for row, changed in enumerate(alone))
         figures["rows alone"] = _rows_alone(together, alone)
         figures["rows alone, unwrapped"] = _rows_alone(
             b.stock["padded", None], [b.stock["padded", row] for row in range(len(alone))]
