@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vlm_attn.evaluation.catalogue import BenchmarkRow, benchmarks
     from vlm_attn.evaluation.config import ConfigError, EvalConfig, load_config
     from vlm_attn.evaluation.runner import RunResult, run, run_config, validate_config
+    from vlm_attn.evaluation.scorers import score_file
 
 __all__ = [
     "BenchmarkRow",
@@ -22,6 +23,7 @@ __all__ = [
     "load_config",
     "run",
     "run_config",
+    "score_file",
     "validate_config",
 ]
 
@@ -34,6 +36,7 @@ _HOME = {
     "RunResult": "runner",
     "run": "runner",
     "run_config": "runner",
+    "score_file": "scorers",
     "validate_config": "runner",
 }
 

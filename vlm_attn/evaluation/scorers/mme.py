@@ -36,7 +36,7 @@ TOTALS = {
     "cognition": COGNITION,
 }
 _SUFFIX = re.compile(
-    r"\s*(please answer yes or no\.?|answer the question using a single word or phrase\.?)\s*$", re.IGNORECASE
+    r"(?:\s*(?:please answer yes or no|answer the question using a single word or phrase)\.?)+\s*$", re.IGNORECASE
 )
 
 
@@ -121,7 +121,7 @@ def _questions(data: Path | None) -> tuple[list[Question], list[Path]]:
 
 def _question(category: Any, image: Any, text: Any, label: Any) -> Question:
     row = {"category": str(category), "label": check_label(label)}
-    return Question(f"{category}/{image}", str(image), str(text), row)
+    return Question(f"{category}/{image}", str(image), _SUFFIX.sub("", str(text)), row)
 
 
 def _tool_rows(folder: Path) -> list[Answer]:
