@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from tests.score_files import write_lines
 from vlm_attn.cli import main
+from vlm_attn.evaluation.scorers import SCORERS
 
 QUESTION = {
     "question_id": 1,
@@ -58,3 +62,13 @@ def test_mistakes_give_one_line_and_exit_code_2(files: list[str], capsys: pytest
     assert "Did you mean 'pope'" in capsys.readouterr().err
     assert run(*files, "--set", "splt=random") == 2
     assert "Did you mean 'split'" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_scoring_page() -> None:
+    """Every benchmark and option named there exists."""
+    page = (Path(__file__).parents[1] / "docs" / "scoring.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^vlm-attn score (\w+) (.*)$", page, re.MULTILINE)
+    assert {name for name, _ in lines} == set(SCORERS)
+    for name, rest in lines:
+        known = inspect.signature(import_module(f"vlm_attn.evaluation.scorers.{name}").score).parameters
+        assert set(re.findall(r"--set (\w+)=", rest)) <= known.keys()
