@@ -38,21 +38,27 @@ def address() -> Iterator[str]:
     page.close()
 
 
-@pytest.fixture
-def visitor(address: str) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
     with sync.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(90_000)
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(address)
-        page.wait_for_selector("#ask")
-        yield page
+        yield browser
         browser.close()
-        outside = {urlsplit(url).netloc for url in asked if urlsplit(url).scheme in ("http", "https", "ws", "wss")}
-        assert outside == {urlsplit(address).netloc}, f"the page asked elsewhere: {outside}"
+
+
+@pytest.fixture
+def visitor(browser: Any, address: str) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(90_000)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    page.wait_for_selector("#ask")
+    yield page
+    page.close()
+    outside = {urlsplit(url).netloc for url in asked if urlsplit(url).scheme in ("http", "https", "ws", "wss")}
+    assert outside == {urlsplit(address).netloc}, f"the page asked elsewhere: {outside}"
 
 
 def ask(page: Any) -> str:
@@ -119,28 +125,33 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
     assert ask(page) == "Done."
 
 
-@pytest.mark.parametrize(("first", "second"), [("good", "truncated"), ("text", "good")])
+def sent(page: Any) -> Any:
+    """Waits for the block within to have the server called."""
+    return page.expect_request("**/queue/join*")
+
+
 def test_a_file_given_while_another_is_handled_is_not_lost(
-    visitor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+    visitor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    from vlm_attn_demo.run import open_upload
+
+    reached, go_on = threading.Event(), threading.Event()
 
     def held(path: str | Path) -> Any:
-        begun.set()
+        reached.set()
         go_on.wait()
         return open_upload(path)
 
-    from vlm_attn_demo.run import open_upload
-
     monkeypatch.setattr("vlm_attn_demo.ui.open_upload", held)
     try:
-        upload(visitor, make_upload(tmp_path, first))
-        assert begun.wait(90)
-        with visitor.expect_request("**/queue/join*"):
-            upload(visitor, make_upload(tmp_path, second))
+        with sent(visitor):
+            upload(visitor, make_upload(tmp_path, "good"))
+        assert reached.wait(90)
+        with sent(visitor):
+            upload(visitor, make_upload(tmp_path, "truncated"))
     finally:
         go_on.set()
-    visitor.wait_for_selector(TAKEN if second == "good" else "#status .error:has-text('truncated')")
+    visitor.wait_for_selector("#status .error:has-text('truncated')")
 
 
 def test_a_new_picture_ends_the_answer_about_the_old_one(
@@ -148,20 +159,21 @@ def test_a_new_picture_ends_the_answer_about_the_old_one(
 ) -> None:
     from vlm_attn_demo.run import Runner
 
-    begun, go_on = threading.Event(), threading.Event()
+    reached, go_on = threading.Event(), threading.Event()
     answer = Runner.answer
 
     def held(*args: Any) -> Iterator[Any]:
         for reply in answer(*args):
             yield reply
-            begun.set()
+            reached.set()
             go_on.wait()
 
     monkeypatch.setattr(Runner, "answer", held)
     try:
-        visitor.click("#ask")
-        assert begun.wait(90)
-        with visitor.expect_request("**/queue/join*"):
+        with sent(visitor):
+            visitor.click("#ask")
+        assert reached.wait(90)
+        with sent(visitor):
             upload(visitor, make_upload(tmp_path, "good"))
     finally:
         go_on.set()
