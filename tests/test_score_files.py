@@ -214,3 +214,21 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
         write_text(target, "x")
     with pytest.raises(ValueError, match="no ordinary file"):
         report.write_samples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "option", "expected"),
+    [("pope", {"split": 3}, "a text"), ("chair", {"truncate": "yes"}, "true or false"),
+     ("mmhal", {"judge": "x"}, "a function"), ("ghost", {"per_category": True}, "a whole number"), ("ghost", {"seed": "1"}, "a whole number")],
+)  # fmt: skip
+def test_options_of_the_wrong_kind(benchmark: str, option: dict[str, Any], expected: str, data: Path) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} of {benchmark} is {expected}"):
+        score_file(benchmark, data / "coco_pope_random.jsonl", data, **option)
+
+
+def test_a_log_that_keeps_the_picture_itself(data: Path, tmp_path: Path) -> None:
+    rows = [
+        {"doc": {"question_id": q["question_id"], "image": {"bytes": None}}, "filtered_resps": ["no"]}
+        for q in QUESTIONS
+    ]
+    assert score_file("pope", write_lines(tmp_path / "a.jsonl", rows), data).metrics["yes_ratio"] == 0

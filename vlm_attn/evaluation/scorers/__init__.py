@@ -7,6 +7,7 @@ plain lists.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,23 @@ def score_file(benchmark: str, answers: str | Path, data: str | Path | None = No
     if benchmark not in SCORERS:
         raise ValueError(unknown_name("benchmark", benchmark, SCORERS))
     scorer = import_module(f"vlm_attn.evaluation.scorers.{benchmark}").score
-    known = [name for name, p in inspect.signature(scorer).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(scorer).parameters
+    known = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
     given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
+    for name, value in given.items():
         if name not in known:
             raise ValueError(unknown_name(f"option of {benchmark}", name, known))
-    if data is None and inspect.signature(scorer).parameters["data"].default is inspect.Parameter.empty:
+        _check_kind(benchmark, name, value, parameters[name].annotation)
+    if data is None and parameters["data"].default is inspect.Parameter.empty:
         raise ValueError(f"Scoring {benchmark} needs its question and annotation files: pass their folder as data.")
     report: Report = scorer(Path(answers), *(() if data is None else (Path(data),)), **given)
     return report
+
+
+def _check_kind(benchmark: str, name: str, value: Any, annotation: str) -> None:
+    """Options may come from a command line, where everything is typed by hand."""
+    kind = annotation.partition(" ")[0]
+    fits = isinstance(value, {"str": str, "bool": bool, "int": int}.get(kind, Callable))  # type: ignore[arg-type]
+    if not fits or (kind == "int" and isinstance(value, bool)):
+        expected = {"str": "a text", "bool": "true or false", "int": "a whole number"}.get(kind, "a function")
+        raise ValueError(f"Option {name} of {benchmark} is {expected}, got {value!r:.80}.")

@@ -24,7 +24,7 @@ from typing import Any
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.parsers import NO, UNKNOWN, YES, parse_answer
 from vlm_attn.evaluation.rates import ratio, retrieval
-from vlm_attn.evaluation.scorers.data import check_flag, language_of, read_json, require_file
+from vlm_attn.evaluation.scorers.data import language_of, read_json, require_file
 from vlm_attn.evaluation.scorers.files import Answer, file_hash, json_lines, read_answers
 from vlm_attn.evaluation.scorers.pairing import ID_FIELDS, Question, pair
 from vlm_attn.evaluation.scorers.report import Report
@@ -160,7 +160,7 @@ def score(
         raise ValueError(unknown_name("AMBER parser", parser, READINGS))
     annotations = require_file(data, "amber", "annotations.jsonl")
     rows = read_answers(answers, text_key=text_key)
-    pairs = _paired(annotations, rows, check_flag("partial", partial))
+    pairs = _paired(annotations, rows, partial)
     told = [(q, a) for q, a in pairs if q.row["type"] == GENERATIVE]
     asked = [(q, a) for q, a in pairs if q.row["type"] != GENERATIVE]
     groups: dict[str, dict[str, Any]] = {}

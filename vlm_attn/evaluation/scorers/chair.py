@@ -17,9 +17,9 @@ from typing import Any
 from vlm_attn.evaluation.chair import CaptionCount, ObjectWords, chair_metrics
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.parsers import repeated
-from vlm_attn.evaluation.scorers.data import check_flag, find_file, language_of, read_json, require_file
+from vlm_attn.evaluation.scorers.data import find_file, language_of, read_json, require_file
 from vlm_attn.evaluation.scorers.files import Answer, file_hash, image_number, read_answers
-from vlm_attn.evaluation.scorers.pairing import IMAGE_FIELDS
+from vlm_attn.evaluation.scorers.pairing import image_of
 from vlm_attn.evaluation.scorers.report import Report
 from vlm_attn.evaluation.summary import CHAIR_PROPORTIONS, CHAIR_STATISTICS, intervals
 from vlm_attn.evaluation.words.coco import coco_words_a, coco_words_b, read_synonyms
@@ -52,7 +52,7 @@ def score(
     """
     if variant not in VARIANTS:
         raise ValueError(unknown_name("CHAIR variant", variant, VARIANTS))
-    cut = finished if check_flag("truncate", truncate) else str
+    cut = finished if truncate else str
     rows = by_image(read_answers(answers, text_key=text_key))
     subset = _subset(rows, data, ids)
     counts: dict[str, list[CaptionCount]] = {name: [] for name in VARIANTS}
@@ -104,7 +104,8 @@ def by_image(rows: Sequence[Answer]) -> dict[str, Answer]:
     """One caption per image, by image number."""
     numbers = []
     for row in rows:
-        image = row.get(*IMAGE_FIELDS, "question_id", "id")
+        image = image_of(row)
+        image = row.get("question_id", "id") if image is None else image
         if image is None:
             raise ValueError(f"{row.place} names no image: it needs a field image or image_id.")
         numbers.append(image_number(image))

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_attn.evaluation.words.lemmas import Language, load_language
 
-__all__ = ["check_flag", "find_file", "language_of", "read_json", "require_file"]
+__all__ = ["find_file", "language_of", "read_json", "require_file"]
 
 
 def find_file(data: Path, benchmark: str, names: Sequence[str]) -> Path | None:
@@ -45,10 +45,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from None
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """A yes/no option."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is true or false, got {value!r}.")
-    return value

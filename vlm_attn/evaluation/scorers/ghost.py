@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation.rates import ratio
-from vlm_attn.evaluation.scorers.data import check_flag, require_file
+from vlm_attn.evaluation.scorers.data import require_file
 from vlm_attn.evaluation.scorers.files import Answer, file_hash, json_lines, read_answers
 from vlm_attn.evaluation.scorers.pairing import Question, pair
 from vlm_attn.evaluation.scorers.report import Report
@@ -152,7 +152,7 @@ def score(
     source = None if data is None else require_file(data, "ghost_synth", *FILES)
     listed = _questions(source, per_category, seed)
     pairs = pair(listed, read_answers(answers, text_key=text_key, questions={q.text for q in listed}),
-                 partial=check_flag("partial", partial))  # fmt: skip
+                 partial=partial)  # fmt: skip
     rated = [_rated(question, answer) for question, answer in pairs]
     tones = sorted({row["tone"] for row in rated})
     kinds = sorted({row["category_id"] for row in rated})

@@ -17,7 +17,7 @@ from typing import Any
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.parsers import UNKNOWN, parse_answer
 from vlm_attn.evaluation.rates import ratio
-from vlm_attn.evaluation.scorers.data import check_flag, require_file
+from vlm_attn.evaluation.scorers.data import require_file
 from vlm_attn.evaluation.scorers.files import Answer, Row, file_hash, json_lines, read_answers
 from vlm_attn.evaluation.scorers.judge import Judge, JudgeItem, read_replies, read_verdict
 from vlm_attn.evaluation.scorers.pairing import Question, pair
@@ -81,7 +81,6 @@ def score(
     listed = [_question(row) for row in json_lines(source)]
     rows = [_with_id(row) for row in read_answers(answers, text_key=text_key)]
     with_image = [q for q in listed if str(q.row["visual_input"]) != "0"]
-    check_flag("partial", partial)
     # a file for all questions also answers those with an image
     pairs = pair(listed if questions == "all" or len(rows) == len(listed) else with_image, rows, partial=partial)
     if questions == "image":

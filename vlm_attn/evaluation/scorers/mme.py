@@ -19,7 +19,7 @@ from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.mme import READINGS, MmeAnswer, mme_metrics, mme_parse
 from vlm_attn.evaluation.parsers import check_label
 from vlm_attn.evaluation.scorers.files import Answer, clean_question, file_hash, file_stem, json_lines, read_answers
-from vlm_attn.evaluation.scorers.pairing import IMAGE_FIELDS, QUESTION_FIELDS, Question, pair
+from vlm_attn.evaluation.scorers.pairing import QUESTION_FIELDS, Question, image_of, pair
 from vlm_attn.evaluation.scorers.report import Report
 
 __all__ = ["COGNITION", "HALLUCINATION", "PERCEPTION", "score", "totals"]
@@ -150,7 +150,7 @@ def _tool_rows(folder: Path) -> list[Answer]:
 
 def _with_category(row: Answer) -> Answer:
     """A row with ``category`` and ``image``, which LLaVA writes as question_id "category/image"."""
-    category, image = row.get("category"), row.get(*IMAGE_FIELDS)
+    category, image = row.get("category"), image_of(row)
     parts = str(row.get("question_id", "id") or "").replace("\\", "/").split("/")
     if len(parts) > 1:
         category, image = category or parts[0], image or parts[-1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation.rates import ratio
-from vlm_attn.evaluation.scorers.data import check_flag, require_file
+from vlm_attn.evaluation.scorers.data import require_file
 from vlm_attn.evaluation.scorers.files import Answer, file_hash, json_lines, read_answers
 from vlm_attn.evaluation.scorers.judge import Judge, JudgeItem, read_rating, read_replies
 from vlm_attn.evaluation.scorers.pairing import Question, pair
@@ -52,7 +52,7 @@ def score(
     source = require_file(data, "mmhal_bench", *FILES)
     listed = [Question(str(row["image_id"]), "", row["question"], row) for row in json_lines(source)]
     pairs = pair(listed, [_with_id(row) for row in read_answers(answers, text_key=text_key)],
-                 partial=check_flag("partial", partial))  # fmt: skip
+                 partial=partial)  # fmt: skip
     ratings: list[int] | None = None
     if replies is not None:
         ratings = [read_rating(reply) for reply in read_replies(Path(replies), [q for q, _ in pairs])]

@@ -13,10 +13,10 @@ from typing import Any
 from vlm_attn.evaluation.parsers import check_label, repeated
 from vlm_attn.evaluation.scorers.files import Answer, Row, clean_question, image_number
 
-__all__ = ["ID_FIELDS", "IMAGE_FIELDS", "Question", "pair"]
+__all__ = ["ID_FIELDS", "Question", "image_of", "pair"]
 
 ID_FIELDS = ("question_id", "id")
-IMAGE_FIELDS = ("image", "image_id", "image_source", "image_file", "file_name", "image_path")
+IMAGE_FIELDS = ("image", "image_id", "image_source", "image_file", "image_name", "file_name", "image_path", "img_id")
 QUESTION_FIELDS = ("question", "prompt", "query", "instruction")
 
 
@@ -38,13 +38,19 @@ def _id_of(answer: Answer) -> str | None:
     return None if value is None else str(value)
 
 
+def image_of(answer: Answer) -> str | int | None:
+    """The image that a row names (a log may keep the picture itself under the same key)."""
+    found = (answer.fields.get(name) for name in IMAGE_FIELDS)
+    return next((value for value in found if isinstance(value, str | int)), None)
+
+
 def _asked(answer: Answer) -> str | None:
     value = answer.get(*QUESTION_FIELDS)
     return clean_question(value) if isinstance(value, str) else None
 
 
 def _image_and_text(answer: Answer) -> Hashable | None:
-    image, text = answer.get(*IMAGE_FIELDS), _asked(answer)
+    image, text = image_of(answer), _asked(answer)
     return None if image is None or text is None else (image_number(image), text)
 
 
@@ -123,7 +129,7 @@ def _some(keys: Sequence[Any]) -> str:
 
 def _agree(question: Question, answer: Answer) -> None:
     """Raise if the answer's row speaks of another image or question."""
-    image = answer.get(*IMAGE_FIELDS)
+    image = image_of(answer)
     if image is not None and question.image and image_number(image) != image_number(question.image):
         raise ValueError(
             f"{answer.place} is about image {image!r:.80}, but question {question.id} about {question.image!r}: "

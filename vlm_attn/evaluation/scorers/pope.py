@@ -20,7 +20,6 @@ import numpy as np
 
 from vlm_attn.evaluation import parsers
 from vlm_attn.evaluation.matching import unknown_name
-from vlm_attn.evaluation.scorers.data import check_flag
 from vlm_attn.evaluation.scorers.files import Answer, clean_question, file_hash, image_number, json_lines, read_answers
 from vlm_attn.evaluation.scorers.pairing import Question, pair
 from vlm_attn.evaluation.scorers.report import Report
@@ -73,7 +72,6 @@ def score(
         text_key: the field that holds the answer; partial: accept answers to a part of the questions.
     """
     parsers.get_parser(parser)
-    check_flag("partial", partial)
     candidates = _candidates(data, source, split, questions)
     asked = {path: pope_questions(path) for path in candidates}
     known = set(map(clean_question, {q.text for listed in asked.values() for q in listed}))
@@ -125,9 +123,9 @@ def _candidates(data: Path, source: str | None, split: str | None, questions: st
 
 def _parts(rows: Sequence[Answer]) -> dict[str, list[Answer]]:
     """The answers of each split in a merged file (LLaVA's id offsets, or a ``category``), else all under ""."""
-    ids = [row.get("question_id") for row in rows]
-    if all(isinstance(i, int) for i in ids) and max(ids) >= 10_000_000:
-        return _grouped(rows, [next((name, off) for name, off in _OFFSETS if i >= off) for i in ids])
+    ids = [str(row.get("question_id")) for row in rows]
+    if all(i.isdecimal() and len(i) < 12 for i in ids) and max(map(int, ids)) >= 10_000_000:
+        return _grouped(rows, [next((name, off) for name, off in _OFFSETS if int(i) >= off) for i in ids])
     names = [row.get("category") for row in rows]
     return _grouped(rows, [(name, 0) for name in names]) if set(names) <= set(SPLITS) else {"": list(rows)}
 
@@ -135,7 +133,7 @@ def _parts(rows: Sequence[Answer]) -> dict[str, list[Answer]]:
 def _grouped(rows: Sequence[Answer], places: Sequence[tuple[str, int]]) -> dict[str, list[Answer]]:
     out: dict[str, list[Answer]] = {}
     for row, (name, offset) in zip(rows, places, strict=True):
-        fields = {**row.fields, "question_id": row.fields["question_id"] - offset} if offset else row.fields
+        fields = {**row.fields, "question_id": int(row.fields["question_id"]) - offset} if offset else row.fields
         out.setdefault(name, []).append(Answer(row.text, fields, row.place))
     return out
 
