@@ -128,10 +128,11 @@ def test_lfm2_convolutions() -> None:
     model = built("lfm2_vl")
     with pytest.raises(UnsupportedError, match="convolution"):
         vlm_attn.attach(model, "fastv")
+    with vlm_attn.attach(model) as session:
+        assert [number for number, _ in session.family.attentions()] == [1, 2]
+    model = SPECIMENS["lfm2_vl"].build(layer_types=["full_attention", "conv", "conv", "full_attention"])
     with pytest.raises(ValueError, match=r"none of its layers \[2\] has attention"):
         vlm_attn.attach(model, "placebo")
-    with vlm_attn.attach(model) as session:
-        assert [number for number, _ in session.family.attentions()] == [1, 3]
 
 
 def test_pan_and_scan_has_no_geometry() -> None:

@@ -214,7 +214,7 @@ def lm_decode(
     length = request.tokens.length
     mask = kwargs.get("attention_mask")
     new = past + queries - pruned.idx.shape[1]
-    if mask is not None and mask.dim() == 2:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
         head = take(mask[:, :length], pruned.idx) * pruned.valid
         out["attention_mask"] = torch.cat([head, mask[:, mask.shape[1] - new :]], dim=1)
     elif mask is None:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from ..errors import AttachError
 from .base import Family, Media
 
+_NOTHING = SimpleNamespace(pooler_output=torch.empty(0), qformer_outputs=None, vision_outputs=None)
+
 
 class Blip(Family):
     """``(Instruct)Blip(2)ForConditionalGeneration`` with a decoder-only language model.
@@ -50,7 +52,7 @@ class Blip(Family):
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
     def branch_arguments(self, kwargs: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Any]:
-        """The pictures go along in every step: without them the model would encode again."""
+        """The pictures go along in every step: without them the model would encode again, or ask for pixels."""
         expected = inspect.signature(type(self.model).forward).parameters
         absent = {name: None for name in ("pixel_values", "qformer_input_ids") if name in expected}
-        return {**kwargs, **absent, "mm_encoder_outputs": dict(encoded)}
+        return {**kwargs, **absent, "mm_encoder_outputs": {"image": _NOTHING, **encoded}}

@@ -295,7 +295,7 @@ class Janus(Specimen):
 
 
 class Lfm2VL(Specimen):
-    """LFM2-VL: tiles or the picture's own shape, short convolutions and attention layers in turn."""
+    """LFM2-VL: tiles or the picture's own shape, short convolutions around attention layers."""
 
     name = "lfm2_vl"
 
@@ -307,7 +307,8 @@ class Lfm2VL(Specimen):
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=14,
             num_patches=16, vision_use_head=False,
         )  # fmt: skip
-        text = text_config(**{"layer_types": ["conv", "full_attention"] * 2, **changes})
+        layers = ["conv", "full_attention", "full_attention", "conv"]
+        text = text_config(**{"layer_types": layers, **changes})
         return Lfm2VlConfig(
             text_config=Lfm2Config(**text), vision_config=vision, image_token_id=IMAGE_ID, projector_hidden_size=64,
         )  # fmt: skip
