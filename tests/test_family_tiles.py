@@ -22,7 +22,7 @@ from vlm_attn.families.zoo.tiles import Idefics3, LlavaOneVision, PerceptionLM
 from vlm_attn.stages import Prune, PruneView, Site, method_dataclass
 from vlm_attn.tokens import TokenMap
 
-SIZES = [(56, 56), (100, 50), (61, 113), (150, 201)]
+SIZES = [(56, 56), (100, 50), (61, 113), (120, 118), (150, 201)]
 ONE = Sample(seed=1)
 TWO = Sample(pictures=((100, 50), (56, 80)), seed=2, before=5, after=9)
 TEXT = Sample(pictures=(), seed=3)
