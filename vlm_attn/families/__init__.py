@@ -73,6 +73,8 @@ ADAPTERS: dict[str, type[Family]] = {
     "qwen3_vl": DeepStack,
     "qwen3_vl_moe": DeepStack,
     "qwen3_5": LinearLayers,
+    "qwen2_5_omni_thinker": MergedGrid,
+    "qwen3_omni_moe_thinker": DeepStack,
     "paddleocr_vl": MergedGrid,
     "exaone4_5": FlatPositions,
     "glm4v": Glm4v,

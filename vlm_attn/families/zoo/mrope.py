@@ -331,7 +331,49 @@ class MiniCPMV(Merged):
         )
 
 
+class Qwen25OmniThinker(Qwen25VL):
+    """Qwen2.5-Omni's thinker, with words and pictures: a Qwen2.5-VL that could also hear and watch."""
+
+    name = "qwen2_5_omni_thinker"
+    stem = "Qwen2_5OmniThinker"
+    video = False
+    handmade = "its processor needs an audio front end; pictures and words are prepared as for Qwen2.5-VL"
+    ids: ClassVar[dict[str, Any]] = {
+        "image_token_index": IMAGE_ID, "video_token_index": VIDEO_ID, "audio_token_index": 109,
+        "vision_start_token_id": START_ID, "vision_end_token_id": END_ID, "audio_start_token_id": 110,
+        "audio_end_token_id": 111,
+    }  # fmt: skip
+    ears: ClassVar[dict[str, Any]] = {
+        "num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16,
+        "output_dim": 64,
+    }  # fmt: skip
+
+    def config(self, **changes: Any) -> Any:
+        """Three parts under the thinker's config."""
+        text = text_config(**{**self.decoder, **changes})
+        return self.config_class("")(
+            text_config=text, vision_config=dict(self.tower), audio_config=dict(self.ears), **self.ids
+        )
+
+    def inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """The thinker finds the kinds of its tokens by itself."""
+        return {key: value for key, value in super().inputs(samples).items() if key != "mm_token_type_ids"}
+
+
+class Qwen3OmniThinker(Qwen25OmniThinker):
+    """Qwen3-Omni's thinker: a mixture of experts with DeepStack."""
+
+    name = "qwen3_omni_moe_thinker"
+    stem = "Qwen3OmniMoeThinker"
+    handmade = "its processor needs an audio front end; pictures and words are prepared as for Qwen3-VL"
+    parts = Qwen3VL.parts
+    ids: ClassVar[dict[str, Any]] = {**Qwen25OmniThinker.ids, "image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID}
+    decoder: ClassVar[dict[str, Any]] = Qwen3VLMoe.decoder
+    tower: ClassVar[dict[str, Any]] = Qwen3VL.tower
+    ears: ClassVar[dict[str, Any]] = {**Qwen25OmniThinker.ears, "downsample_hidden_size": 8, "n_window": 4}
+
+
 SPECIMENS: tuple[Specimen, ...] = (
     Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), Qwen35(), Glm4v(), Glm46V(), Glm4vMoe(), GlmOcr(), PaddleOcrVL(),
-    Ernie45VLMoe(), VideoLlama3(), Exaone45(), MiniCPMV(),
+    Ernie45VLMoe(), VideoLlama3(), Exaone45(), MiniCPMV(), Qwen25OmniThinker(), Qwen3OmniThinker(),
 )  # fmt: skip
