@@ -11,6 +11,7 @@ from torch import Tensor
 from tests import models
 from tests.reference import kit as loops
 from tests.reference import kit_select as literal
+from tests.reference import pruning_encoder as encoder
 from tests.reference import pruning_stages as stages
 from tests.reference.llava import Dense
 
@@ -83,6 +84,11 @@ def norm_prune(x: Tensor, k: int, text: Tensor) -> list[int]:
     return loops.top([loops.length(row) for row in loops.rows_of(x)], k)
 
 
+def built_by(kind: Callable[..., Dense]) -> Callable[..., Dense]:
+    """A reference that takes the method's own parameters."""
+    return lambda model, params, last, row: kind(model, **params)
+
+
 PRUNING: dict[str, dict[str, Any]] = {
     "pyramiddrop": {
         "variants": (
@@ -126,5 +132,43 @@ PRUNING: dict[str, dict[str, Any]] = {
     "norm_prune": {
         "variants": ({}, {"layer": 2, "keep": 5}),
         "reference": one_cut(norm_prune, layer=0, keep=0.5),
+    },
+    "tokencarve": {
+        "variants": ({}, {"layer": 1, "keep": 7}, {"layer": 3, "keep": 0.5}),
+        "reference": built_by(stages.TokenCarve),
+    },
+    "fastervlm": {"variants": ({}, {"keep": 7, "positions": "keep"}), "reference": built_by(encoder.FasterVLM)},
+    "text_dominance_compress": {
+        "variants": ({}, {"reduction": 0.5, "encoder": "last"}),
+        "reference": built_by(encoder.Compress),
+    },
+    "vispruner": {
+        "variants": ({}, {"keep": 9, "important": 0.3, "positions": "keep"}),
+        "reference": built_by(encoder.VisPruner),
+    },
+    "visionzip": {
+        "variants": ({}, {"keep": 8}, {"keep": 0.5, "contextual": 3, "true_mean": True, "positions": "keep"}),
+        "reference": built_by(encoder.VisionZip),
+    },
+    "prumerge": {
+        "variants": ({}, {"plus": True}, {"at_least": 6, "positions": "keep"}),
+        "reference": built_by(encoder.PruMerge),
+    },
+    "holov": {
+        "variants": ({"runs": 4}, {"keep": 9, "runs": 3, "version": "intended"}, {"keep": 6, "positions": "keep"}),
+        "reference": built_by(encoder.HoloV),
+    },
+    "zoo_prune": {
+        "variants": (
+            {"keep": 0.4},
+            {"keep": 0.3, "m": 8, "seed": 2, "positions": "keep"},
+            {"keep": 0.5, "score": "jvp", "m": 8},
+            {"keep": 0.4, "score": "norm"},
+        ),
+        "reference": built_by(encoder.Zoo),
+    },
+    "apet": {
+        "variants": ({"keep": 6, "basis": 3}, {"keep": 12, "seed": 4}, {"positions": "keep"}),
+        "reference": built_by(encoder.ApET),
     },
 }

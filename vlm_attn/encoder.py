@@ -21,26 +21,32 @@ from .tokens import TokenMap
 class EncoderReader:
     """Reads asked-for scores during a call of the feature function; in between, the encoder is as it was."""
 
-    def __init__(self, model: PreTrainedModel, scores: Sequence[EncoderScore], names: str):
+    def __init__(self, model: PreTrainedModel, scores: Sequence[EncoderScore], names: str, tap: int | None = None):
+        """``tap``: a layer whose query, key, value ``[P, H, n, d]`` and scaling shall stand in ``tapped``."""
         self.scores, self.names = tuple(scores), names
         self.taken: dict[EncoderScore, Tensor] = {}
-        if not self.scores:
+        self.tapped: tuple[Tensor, Tensor, Tensor, float] | None = None
+        self.idle = not self.scores and tap is None
+        if self.idle:
             return
         self.tower: Any = model.get_encoder(modality="image")
         self.attentions = _attentions(self.tower)
         if not self.attentions or not hasattr(self.tower, "set_attn_implementation"):
             raise UnsupportedError(f"{names}: the vision encoder of {type(model).__name__} shows no attention layers")
         self.layers = {score: range(len(self.attentions))[score.layer] for score in self.scores}
+        if tap is not None and not -len(self.attentions) <= tap < len(self.attentions):
+            raise UnsupportedError(f"{names}: the vision encoder has no layer {tap}")
+        self.tap = None if tap is None else range(len(self.attentions))[tap]
         embeddings = [m for m in self.tower.modules() if hasattr(m, "class_embedding")]
         self.class_token = bool(embeddings)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, the attention of the encoder passes through :meth:`attend`."""
-        if not self.scores:
+        if self.idle:
             yield
             return
-        self.taken = {}
+        self.taken, self.tapped = {}, None
         self.backend = self.tower.config._attn_implementation
         self.tower.set_attn_implementation(interface.register(self.backend))
         try:
@@ -64,6 +70,10 @@ class EncoderReader:
     ) -> interface.Result:
         """Runs the call unchanged and keeps the scores of its layer, ``[pictures, patches]``."""
         layer = next(n for n, m in enumerate(self.attentions) if m is module)
+        if layer == self.tap:
+            if self.tapped is not None:
+                raise UnsupportedError(f"{self.names}: this vision encoder attends in several pieces per layer")
+            self.tapped = query, key, value, float(kwargs["scaling"])
         call = Call(query, key, value, mask, kwargs["scaling"], False, None, None, self.backend)
         for score in self.scores:
             if self.layers[score] == layer:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import pruning
 from .attention import interface
 from .attention.call import Call
+from .encoder import EncoderReader
+from .encoder_view import encoder_view
 from .errors import UnsupportedError
 from .families import Family
 from .readings import TABLES, Readings
@@ -18,6 +20,7 @@ from .request import PruneStage, Request
 from .stages import Merged, Prune, PruneView, RowScore
 from .tokens import TokenMap
 
+ENCODER = "vision encoder"
 DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
 
 
@@ -27,6 +30,7 @@ class Pruner:
     Args:
         visible: bool ``[B, N]`` of a token map, False at visual tokens that show only padding.
         dry_run: the attention call that a layer would make on an input, without letting it happen.
+        encoder: reader of the vision encoder, tapped at the method's ``encoder_layer``.
     """
 
     def __init__(
@@ -36,17 +40,35 @@ class Pruner:
         backend: str,
         visible: Callable[[TokenMap], Tensor],
         dry_run: DryRun,
+        encoder: EncoderReader,
     ):
-        self.prune, self.family, self.backend = prune, family, backend
+        self.prune, self.family, self.backend, self.encoder = prune, family, backend, encoder
+        self.projected: Tensor | None = None
+        self.projector: Any = None
+        if prune is not None and prune.encoder_layer is not None:
+            self.projector = getattr(family.base, "multi_modal_projector", None)
+            if not isinstance(self.projector, nn.Module):
+                raise UnsupportedError(f"{prune.name} on {family.name}: no projector of single patches was found")
         self.readings = Readings(prune)
         self.sites = self.readings.sites
         self._visible, self._dry_run = visible, dry_run
+
+    def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keeps what the projector receives, ``[P, N, d_v]``, until the prompt enters the decoder."""
+        self.projected = args[0] if args else next(iter(kwargs.values()))
 
     def enter(self, request: Request, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The prompt enters the decoder: its arguments after the site at layer 0, None if nothing leaves there."""
         embeds = kwargs.get("inputs_embeds")
         self.readings.begin(request, embeds)
+        if self.projector is not None and self.prune is not None and bool(request.tokens.vis.any()):
+            features, self.projected = self.projected, None
+            tapped, self.encoder.tapped = self.encoder.tapped, None
+            request.notes[ENCODER] = encoder_view(
+                tapped, features, self.encoder.class_token, self.projector, request.tokens, self.prune.name
+            )
         cut = self._cut(0, request, embeds)
+        request.notes.pop(ENCODER, None)
         if cut is None:
             return None
         stage, _, embeds = cut
@@ -124,7 +146,8 @@ class Pruner:
         if scores is not None and scores.shape != tokens.valid.shape:
             raise ValueError(f"{prune.name}: tokens left between layer {site.score and site.score.layer} and the site")
         shown = hidden if site.hidden else None
-        answer = prune.keep_mask(PruneView(site, tokens, scores, visible, shown, request.notes))
+        view = PruneView(site, tokens, scores, visible, shown, request.notes.get(ENCODER), request.notes)
+        answer = prune.keep_mask(view)
         keep = answer.keep if isinstance(answer, Merged) else answer
         if isinstance(answer, Merged) and answer.hidden is not None:
             hidden = answer.hidden

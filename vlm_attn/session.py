@@ -93,7 +93,9 @@ class Session:
         self._dry: int | None = None
         self.capture = Capture(self.family)
         reading = ", ".join(m.name for m in self.methods if isinstance(m, Edit) and m.encoder_scores)
-        self.encoder = EncoderReader(self.model, self.edits.encoder_scores, reading)
+        tap = self.prune.encoder_layer if self.prune else None
+        reading = ", ".join(filter(None, (reading, self.prune.name if self.prune and tap is not None else "")))
+        self.encoder = EncoderReader(self.model, self.edits.encoder_scores, reading, tap)
         self._lm_start: float | None = None
         self._installed = Installation()
         self.attached = False
@@ -109,7 +111,7 @@ class Session:
                     "vlm.set_method(...)), or attach both methods as one list"
                 )
             self.backend: str = self.family.lm.config._attn_implementation
-            self.pruner = Pruner(self.prune, self.family, self.backend, self._visible, self._dry_run)
+            self.pruner = Pruner(self.prune, self.family, self.backend, self._visible, self._dry_run, self.encoder)
             self.sites = self.pruner.sites
             try:
                 self._install_on(self._installed)
@@ -128,6 +130,8 @@ class Session:
             installed.pre_hook(layer, functools.partial(self._before_layer, number))
         for number, attention in family.attentions():
             installed.pre_hook(family.output_projection(attention), functools.partial(self._before_o_proj, number))
+        if self.pruner.projector is not None:
+            installed.pre_hook(self.pruner.projector, self._before_projector)
         installed.pre_hook(self.model, self._before_model)
         installed.pre_hook(family.base, self._before_base)
         installed.pre_hook(family.lm, self._before_lm)
@@ -345,6 +349,10 @@ class Session:
         if left is hidden and inputs is kwargs:
             return None
         return ((left, *args[1:]), inputs) if args else (args, {**inputs, "hidden_states": left})
+
+    def _before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._suspended:
+            self.pruner.before_projector(module, args, kwargs)
 
     def _visible(self, tokens: TokenMap) -> Tensor:
         return pruning.visible(tokens, self.family, self.processor, self.image_sizes)

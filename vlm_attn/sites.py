@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .encoder_view import EncoderView
     from .tokens import TokenMap
 
 
@@ -64,6 +65,7 @@ class PruneView:
         tokens: roles of the slots that reached it, ``[B, N]``.
         scores: fp32 ``[B, N]`` reading asked for by the site, or None.
         visible: bool ``[B, N]``, False at visual tokens that show only padding (None when nobody asked).
+        encoder: the vision encoder at the layer that :attr:`vlm_attn.stages.Prune.encoder_layer` names, or None.
         hidden: ``[B, N, D]`` hidden states that arrive (at layer 0: projected features and text embeddings), or None.
         memory: the method's own notes about this request, for methods that add up over stages.
     """
@@ -73,7 +75,15 @@ class PruneView:
     scores: Tensor | None
     visible: Tensor | None
     hidden: Tensor | None = None
+    encoder: EncoderView | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def vision(self) -> EncoderView:
+        """``encoder``, for methods that asked for it."""
+        if self.encoder is None:
+            raise ValueError("the vision encoder was not asked for: set encoder_layer")
+        return self.encoder
 
     @property
     def features(self) -> Tensor:

@@ -79,12 +79,14 @@ class Prune(Method):
     """Drops visual tokens during prefill.
 
     ``positions``: ``keep`` leaves the survivors at their positions; ``renumber`` closes the gaps (refused by name
-    where a position is more than one number).
+    where a position is more than one number). ``encoder_layer``: the layer of the vision encoder (may count from the
+    end) whose attention the method wants to see; only where visual tokens are the encoder's patches.
     """
 
     stage = "prune"
     wants_padding: bool = False
     positions: str | None = "keep"
+    encoder_layer: int | None = None
 
     def sites(self) -> tuple[Site, ...]:
         """Sites in ascending layer order."""

