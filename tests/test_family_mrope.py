@@ -27,7 +27,8 @@ FILM = Sample(frames=4, pictures=((56, 84),), seed=4)
 SHORT = Sample(frames=2, pictures=((84, 56),), seed=6, before=1)
 
 NAMES = [specimen.name for specimen in GROUP]
-PRUNED = [name for name in NAMES if name != "qwen3_5"]
+HYBRID = ["qwen3_5", "minicpmv4_6"]
+PRUNED = [name for name in NAMES if name not in HYBRID]
 FILMED = [specimen.name for specimen in GROUP if specimen.video]
 # (frames, rows, columns) of the tokens of FILM: two frames make a token in most towers.
 FRAMES = dict.fromkeys(FILMED, (2, 6, 4)) | {"video_llama_3": (4, 3, 2)}
@@ -66,13 +67,33 @@ def test_places(name: str) -> None:
     geometry_check.check(SPECIMENS[name], [(56, 56), (112, 70), (50, 90)], draws=3)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "minicpmv4_6"])
 def test_rows_know_their_pictures(name: str) -> None:
     tokens = roles(name, TWO, TEXT, ONE)
     assert [[lay.views for lay in row] for row in tokens.layouts] == [[((6, 4),), ((4, 8),)], [], [((4, 4),)]]
     last = tokens.vis[0].nonzero()[-1, 0]
     assert tokens.cell[0, last].tolist() == [3, 7]
     assert tokens.img_id[0, last] == 1
+
+
+def test_slices() -> None:
+    """A large picture is shown whole and in slices; the next picture starts with the token that started the first."""
+    tokens = roles("minicpmv4_6", Sample(pictures=((128, 64), (56, 56)), seed=2), TEXT, Sample(pictures=((60, 130),)))
+    assert [[lay.views for lay in row] for row in tokens.layouts] == [
+        [((3, 6), (4, 4), (4, 4)), ((4, 4),)],
+        [],
+        [((6, 3), (4, 4), (4, 4))],
+    ]
+    assert tokens.frame[0][tokens.vis[0]].bincount().tolist() == [18 + 16, 16, 16]
+
+
+def test_slices_of_frames_are_refused() -> None:
+    model, specimen = built("minicpmv4_6"), SPECIMENS["minicpmv4_6"]
+    inputs = specimen.inputs([ONE])
+    ids = torch.where(inputs["input_ids"] == 99, 100, inputs["input_ids"])
+    film = {"pixel_values_videos": inputs["pixel_values"], "target_sizes_videos": inputs["target_sizes"]}
+    with vlm_attn.attach(model), pytest.raises(UnsupportedError, match="pass the frames as pictures"):
+        model(input_ids=ids, attention_mask=inputs["attention_mask"], **film)
 
 
 @pytest.mark.parametrize("name", FILMED)
@@ -228,9 +249,10 @@ def masked(model: Any, inputs: dict[str, Tensor], tokens: Tensor, dropped: Tenso
             hook.remove()
 
 
-def test_linear_layers_refuse_pruning() -> None:
+@pytest.mark.parametrize("name", HYBRID)
+def test_linear_layers_refuse_pruning(name: str) -> None:
     with pytest.raises(UnsupportedError, match="linear-attention"):
-        vlm_attn.attach(built("qwen3_5"), Scattered())
+        vlm_attn.attach(built(name), Scattered())
 
 
 def test_positions_counted_from_a_shortened_cache() -> None:
