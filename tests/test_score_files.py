@@ -218,9 +218,14 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("benchmark", "option", "expected"),
-    [("pope", {"split": 3}, "a text"), ("chair", {"truncate": "yes"}, "true or false"),
-     ("mmhal", {"judge": "x"}, "a function"), ("ghost", {"per_category": True}, "a whole number"), ("ghost", {"seed": "1"}, "a whole number")],
-)  # fmt: skip
+    [
+        ("pope", {"split": 3}, "a text"),
+        ("chair", {"truncate": "yes"}, "true or false"),
+        ("mmhal", {"judge": "x"}, "a function"),
+        ("ghost", {"per_category": True}, "a whole number"),
+        ("ghost", {"seed": "1"}, "a whole number"),
+    ],
+)
 def test_options_of_the_wrong_kind(benchmark: str, option: dict[str, Any], expected: str, data: Path) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} of {benchmark} is {expected}"):
         score_file(benchmark, data / "coco_pope_random.jsonl", data, **option)

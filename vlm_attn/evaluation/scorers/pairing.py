@@ -40,8 +40,11 @@ def _id_of(answer: Answer) -> str | None:
 
 def image_of(answer: Answer) -> str | int | None:
     """The image that a row names (a log may keep the picture itself under the same key)."""
-    found = (answer.fields.get(name) for name in IMAGE_FIELDS)
-    return next((value for value in found if isinstance(value, str | int)), None)
+    fields = answer.fields
+    for name in IMAGE_FIELDS:
+        if name in fields and isinstance(fields[name], str | int):
+            return fields[name]
+    return None
 
 
 def _asked(answer: Answer) -> str | None:
