@@ -4,17 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.vlm-attn-installed
 EXTRAS := eval,demo,clip,dev
+OLDEST := $(VENV)/oldest
+OLDEST_TRANSFORMERS ?= 5.17.0
 CONFIG ?= eval_configs/quickstart.yaml
 # Two worker processes with one thread each: the fastest split on two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
 
-.PHONY: help install quickstart test test-browser test-gpu style quality docs bench demo
+.PHONY: help install quickstart test test-browser test-matrix test-oldest test-gpu style quality docs bench demo
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  install, run $(CONFIG), print the table and where the report lies"
 	@echo "make test        the whole test suite on the CPU, without network"
+	@echo "make test-browser  of these, only the visit of the demo page in chromium"
+	@echo "make test-matrix every method on every model family and backend; rewrites docs/support.md"
+	@echo "make test-oldest the family tests with the oldest supported transformers"
 	@echo "make test-gpu    the tests that need a CUDA device"
 	@echo "make style       sort imports, fix and format the code"
 	@echo "make quality     lint, format and type checks; changes nothing"
@@ -38,10 +43,23 @@ quickstart: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/vlm-attn eval $(CONFIG)
 
 test: $(STAMP)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub and not browser" $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub" $(PYTEST_ARGS)
 
 test-browser: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+test-matrix: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m vlm_attn.families.matrix
+
+# The oldest transformers in a folder of its own in front of the environment: everything else stays as installed.
+$(OLDEST)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(OLDEST) \
+		transformers==$(OLDEST_TRANSFORMERS) "huggingface_hub<2"
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) \
+		tests/test_families.py tests/test_truth_families.py tests/test_identity.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
