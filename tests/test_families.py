@@ -36,6 +36,8 @@ def test_cell(family: str, name: str) -> None:
     # A refusal is the family's own sentence, or the method's about this model; never a stray exception.
     assert cell.status == "executed" or len(cell.detail) > 30
     assert (cell.stage in ADAPTERS[family].refused) <= (cell.status == "refused")
+    if "needs transformers" in cell.detail:
+        pytest.skip(cell.detail)
 
 
 @pytest.mark.parametrize("name", ["fastv", "var", "vcd"])

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..errors import AttachError, MissingProfileError, UnsupportedError
@@ -137,6 +139,11 @@ class Bench:
 
     def __init__(self, specimen: Specimen, backend: str):
         self.specimen, self.backend = specimen, backend
+        if specimen.since and Version(transformers.__version__) < Version(specimen.since):
+            raise UnsupportedError(
+                f"the tiny model of {specimen.name} needs transformers {specimen.since} or newer, this is "
+                f"{transformers.__version__}: upgrade transformers to run it"
+            )
         try:
             self.model = specimen.build(backend=backend)
         except ValueError as error:

@@ -76,6 +76,9 @@ class Specimen(abc.ABC):
     handmade: ClassVar[str] = ""
     """Why the inputs do not come from the real processor; empty where they do."""
 
+    since: ClassVar[str] = ""
+    """Oldest transformers with which this tiny model runs; empty where that is the oldest supported one."""
+
     video: ClassVar[bool] = False
     """Whether samples with ``frames`` can be built."""
 

@@ -54,6 +54,8 @@ class VipLlava(Llava):
 
     name = "vipllava"
 
+    since = "5.22"
+
     def config(self, **changes: Any) -> Any:
         """CLIP tower of 4 x 4 patches, three of its layers, Llama decoder."""
         return hf.VipLlavaConfig(

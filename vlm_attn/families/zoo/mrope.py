@@ -300,6 +300,8 @@ class MiniCPMV(Merged):
     """MiniCPM-V 4.6: a picture above 64 x 64 pixels is shown whole and in slices; Qwen3.5's decoder; pictures only."""
 
     name = "minicpmv4_6"
+
+    since = "5.19"
     stem = "MiniCPMV4_6"
     video = False
     parts = ("MiniCPMV4_6Processor", "MiniCPMV4_6ImageProcessor", "MiniCPMV4_6VideoProcessor")

@@ -49,6 +49,8 @@ class HyperClovaXVision(Qwen25VL):
     """HyperCLOVA X Vision V2: the tower of Qwen2.5-VL, 1-D positions, post-normalised decoder."""
 
     name = "hyperclovax_vision_v2"
+
+    since = "5.19"
     stem = "HyperCLOVAXVisionV2"
     parts = ("HyperCLOVAXVisionV2Processor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")
     ids: ClassVar[dict[str, Any]] = {"image_token_id": IMAGE_ID, "video_token_id": VIDEO_ID}

@@ -345,6 +345,8 @@ class Molmo2(Specimen):
 
     name = "molmo2"
 
+    since = "5.21"
+
     def config(self, **changes: Any) -> Any:
         """Crops of 4 x 4 patches pooled 2 x 2."""
         from transformers import Molmo2AdapterConfig, Molmo2Config, Molmo2TextConfig, Molmo2VisionConfig

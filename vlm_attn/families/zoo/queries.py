@@ -119,6 +119,8 @@ class Aria(Specimen):
 
     name = "aria"
 
+    since = "5.22"
+
     def config(self, **changes: Any) -> Any:
         """7 x 7 patches (the processor knows no smaller picture than 490 pixels) read by 8 queries."""
         from transformers import AriaConfig, AriaTextConfig, Idefics3VisionConfig
