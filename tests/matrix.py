@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tests import models
 from tests.matrix_pruning import PRUNING
-from tests.reference import edits, edits_logits, pruning
+from tests.reference import edits, edits_heads, edits_logits, pruning
 from tests.reference.llava import Dense
 
 SINKS = {"sink_dims": (3, 7), "tau": 1.6}  # the tiny random models have sinks there
+HEADS = [[0, 1], [1, 0], [1, 2], [2, 3], [3, 1]]
 Reference = Callable[[Any, dict[str, Any], Any, int], Dense]
 
 
@@ -27,12 +28,19 @@ class Row:
         variants: parameters for the comparison with the dense reference.
         reference: dense reference for (model, parameters, session facts, row of the batch), if it acts on logits.
         acts_on: "logits" (raw), "scores" (after the decode stage), "picture" (before the processor) or "nothing".
+        pictures: pictures a prompt must have for the method to act.
     """
 
     default: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ({},)
     reference: Reference | None = None
     acts_on: str = "logits"
+    pictures: int = 1
+
+    @property
+    def batch(self) -> models.Batch:
+        """A padded batch on which the method has something to do."""
+        return models.padded() if self.pictures == 1 else models.pairs()
 
 
 def given_kept(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
@@ -88,7 +96,12 @@ MATRIX: dict[str, Row] = {
     ),
     "placebo": Row(default={}, variants=({}, {"first_layer": 1, "keep": 0.1}), reference=placebo),
     "vhr": Row(
-        variants=({}, {"alpha": 0.5, "last_layers": 1, "filter_outliers": False}, {"include_layer1": False}),
+        variants=(
+            {},
+            {"alpha": 0.5, "last_layers": 1, "filter_outliers": False},
+            {"include_layer1": False, "distance": "l2_squared"},
+            {"text_stream": "paired", "last_layers": 3},
+        ),
         reference=lambda model, params, last, row: edits.Vhr(model, **params),
     ),
     # guidance off: it has tests of its own, beside the other contrasts
@@ -120,6 +133,41 @@ MATRIX: dict[str, Row] = {
             {"gamma": 4.0, "layers": [1, 2], "heads": "all"},
         ),
         reference=lambda model, params, last, row: edits_logits.ZeroTuning(model, **params),
+    ),
+    "adhh": Row(
+        default={"heads": HEADS},
+        variants=({"heads": HEADS}, {"heads": HEADS, "threshold": 0.1, "renormalise": True}),
+        reference=lambda model, params, last, row: edits_heads.Adhh(model, **params),
+    ),
+    "head_gate": Row(
+        default={"heads": HEADS},
+        variants=(
+            {"heads": HEADS},
+            {"heads": HEADS, "mode": "block"},
+            {"heads": HEADS, "mode": "block", "drop": "context", "where": "text"},
+            {"heads": HEADS, "mode": "block", "drop": "output"},
+        ),
+        reference=lambda model, params, last, row: edits_heads.HeadGate(model, **params),
+    ),
+    "act": Row(
+        default={"heads": "all"},
+        variants=(
+            {"heads": "all", "alpha": 2.5, "first_layer": 0},
+            {
+                "heads": HEADS,
+                "beta": 0.0,
+                "first_layer": 1,
+                "theta_mode": "absolute",
+                "theta": 0.12,
+                "scope": "visual",
+            },
+        ),
+        reference=lambda model, params, last, row: edits_heads.Act(model, **params),
+    ),
+    "sofa": Row(
+        variants=({}, {"mode": "output", "sigma": 0.7, "layer_stride": 1}, {"intra_image": True, "sigma": 1.0}),
+        reference=lambda model, params, last, row: edits_heads.Sofa(model, **params),
+        pictures=2,
     ),
     "vcd": Row(variants=({}, {"alpha": 0.5, "beta": 0.3, "noise_step": 800}), acts_on="scores"),
     "carve": Row(acts_on="picture"),

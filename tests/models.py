@@ -160,6 +160,11 @@ def mixed() -> Batch:
     return Batch([sample(3, 6, images=2, seed=5), sample(3, 7, seed=6)])
 
 
+def pairs() -> Batch:
+    """Two prompts of unequal length, two images each."""
+    return Batch([sample(4, 7, images=2, seed=11), sample(2, 5, images=2, seed=12)])
+
+
 BATCHES = {"single": single, "padded": padded, "two_images": two_images}
 
 

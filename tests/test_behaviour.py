@@ -27,7 +27,7 @@ def default(name: str) -> Any:
 @pytest.mark.parametrize("name", ACTIVE)
 def test_default_strength_acts(name: str, backend: str) -> None:
     """In every row: no method is silently off, and none acts on the first sample only."""
-    model, inputs = models.llava(4, backend), models.padded().inputs()
+    model, inputs = models.llava(4, backend), MATRIX[name].batch.inputs()
     _, logits, scores = greedy(model, inputs, 3)
     with vlm_attn.attach(model, default(name)):
         _, with_logits, with_scores = greedy(model, inputs, 3)

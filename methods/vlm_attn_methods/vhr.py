@@ -29,8 +29,9 @@ class VHR(HeadScale):
         include_layer1: also layer 1 (can destabilise harder benchmarks).
         filter_outliers: the outlier filter.
         distance: ``"l2"``, or ``"l2_squared"`` as one port does (same median set, other filter).
-        text_stream: ``"separate"``: an unreinforced text-only prefill runs first [unverified: the paper does not say
-            whether that stream is reinforced].
+        text_stream: ``"separate"``: an unreinforced text-only prefill; ``"paired"``: that stream is reinforced with
+            the same heads, layer by layer in step with the image prompt (two text-only prefills)
+            [unverified: the paper does not say whether that stream is reinforced].
 
     Source: arXiv 2412.13949 (paper text; its code was not available).
     Deviations: std is the unbiased one [unverified].
@@ -46,7 +47,7 @@ class VHR(HeadScale):
     include_layer1: bool = True
     filter_outliers: bool = True
     distance: Literal["l2", "l2_squared"] = "l2"
-    text_stream: Literal["separate"] = "separate"
+    text_stream: Literal["separate", "paired"] = "separate"
 
     @classmethod
     def neutral(cls) -> VHR:
@@ -59,6 +60,10 @@ class VHR(HeadScale):
         if last > model.layers:
             raise ValueError(f"vhr: last_layers={last}, but the model has {model.layers} decoder layers")
         return self.with_values(last_layers=last)
+
+    @property
+    def paired(self) -> bool:
+        return self.text_stream == "paired"
 
     def edit_layers(self, model: ModelInfo) -> frozenset[int]:
         first = {1} if self.include_layer1 and model.layers > 1 else set()

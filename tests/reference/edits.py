@@ -104,6 +104,20 @@ class LastRow(Dense):
         return outputs
 
 
+class Given(LastRow):
+    """The same with known heads scaled; the row is read before the scaling."""
+
+    def __init__(self, model: nn.Module, alpha: float, selected: dict[int, Tensor]) -> None:
+        super().__init__(model)
+        self.alpha, self.selected = alpha, dict(selected)
+
+    def edit_heads(self, layer: int, outputs: Tensor, prefill: bool) -> Tensor:
+        """Reads, then scales."""
+        outputs = super().edit_heads(layer, outputs, prefill).clone()
+        outputs[self.selected.get(layer, torch.tensor([], dtype=torch.long))] *= self.alpha
+        return outputs
+
+
 class Vhr(Dense):
     """Multiplies the heads whose output depends most on the picture; the sets are fixed in the prefill."""
 
@@ -114,8 +128,11 @@ class Vhr(Dense):
         last_layers: int | None = None,
         include_layer1: bool = True,
         filter_outliers: bool = True,
+        text_stream: str = "separate",
+        distance: str = "l2",
     ) -> None:
         super().__init__(model)
+        self.paired, self.squared = text_stream == "paired", distance == "l2_squared"
         self.alpha = alpha
         count = max(1, round(14 * self.depth / 32)) if last_layers is None else last_layers
         self.layers = set(range(self.depth - count, self.depth)) | ({1} if include_layer1 else set())
@@ -123,8 +140,9 @@ class Vhr(Dense):
 
     def run(self, ids: Tensor, features: Tensor | None, forced: list[int] | Tensor = ()) -> Tensor:
         """See `Dense.run`; the text-only stream runs first, without reinforcement."""
+        self.words, self.features, self.prompt = ids[ids != self.image_id], features, ids
         text = LastRow(self.model)
-        text.run(ids[ids != self.image_id], None)
+        text.run(self.words, None)
         self.text_rows = text.rows
         self.selected: dict[int, Tensor] = {}
         self.margin = float("inf")
@@ -134,6 +152,10 @@ class Vhr(Dense):
         """Selects in the prefill, scales every row of the prefill and of every step."""
         if layer not in self.layers:
             return outputs
+        if prefill and self.paired:
+            text = Given(self.model, self.alpha, self.selected)  # layers below are known by now
+            text.run(self.words, None)
+            self.text_rows = text.rows
         if prefill:
             self.selected[layer] = self._select(outputs[:, -1], self.text_rows[layer])
         scale = torch.ones(self.heads)
@@ -142,6 +164,8 @@ class Vhr(Dense):
 
     def _select(self, with_image: Tensor, without: Tensor) -> Tensor:
         vhd = torch.tensor([float((a - b).norm()) for a, b in zip(with_image, without, strict=True)])
+        if self.squared:
+            vhd = vhd**2
         strength = torch.tensor([float(b.norm()) ** 2 for b in without])
         if self.filter_outliers:
             outlier = (vhd > vhd.mean() + vhd.std()) & (strength > strength.mean() + strength.std())

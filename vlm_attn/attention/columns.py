@@ -6,12 +6,17 @@ labelled keys alone, the merge. No block larger than ``rows.CHUNK_ELEMENTS`` is 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .call import Call
 from .plans import Labelled
-from .rows import chunks, row_logits
+from .rows import chunks, row_logits, row_outputs
+
+# Below this share of unlabelled mass, O - M_S O_S loses too many digits.
+DIRECT = 1e-2
 
 
 def column_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +68,7 @@ def edit_labelled(
     key, value = key.gather(2, wide), value.gather(2, wide).float()
     counts = item.counts[:, heads] if item.counts.dim() == 3 else item.counts
     result, edited = out.clone(), 0
+    direct: list[Tensor] = []
     start = 0
     for part in chunks(torch.arange(call.queries, device=out.device), out.shape[0], len(heads), size):
         logits = row_logits(query.index_select(2, part), key, call.scaling, call.softcap)
@@ -73,7 +79,9 @@ def edit_labelled(
             logits = logits + bias.gather(2, index)[:, :, None, :]
         visible = call.visible(part).expand(out.shape[0], len(heads), -1, -1)
         visible = visible.gather(3, index[:, :, None, :].expand(-1, -1, part.numel(), -1))
-        block = (logits - lse[:, :, start : start + part.numel(), None]).exp() * visible
+        block = (logits - lse[:, :, start : start + part.numel(), None]).exp()
+        # Rows of padding see nothing: their LSE is the mask's own number, and they must stay finite.
+        block = torch.where(visible & valid[:, None, part, None], block, 0.0)
         start += part.numel()
         member = torch.nn.functional.one_hot(label, item.edit.segments).float()
         member[..., 0] = 0.0  # fillers where a head has fewer labelled keys than another
@@ -81,9 +89,19 @@ def edit_labelled(
         masses[..., 0] = (1 - masses[..., 1:].sum(-1)).clamp(min=0)
         scales = torch.where(valid[:, None, part, None], item.edit.scales(masses, counts), 1.0)
         edited += int((scales != 1).any(-1).sum())
+        # Where nearly all mass is labelled, the rest is a difference of equals: such rows are computed directly.
+        unsafe = (masses[..., 0] < DIRECT) & valid[:, None, part]
+        direct.append(part[unsafe.any(0).any(0)])
         base = scales[..., :1]
         per_key = (scales - base) @ member.transpose(-1, -2)
         before = out[:, part][:, :, heads].transpose(1, 2).float()
         after = base * before + (block * per_key) @ value
+        result[:, part[:, None], heads[None]] = after.transpose(1, 2).to(out.dtype)
+    for part in chunks(torch.cat(direct), out.shape[0], len(heads), call.keys):
+        if not part.numel():
+            continue
+        chosen = replace(item, labels=labels, members=item.members[:, heads], counts=counts, heads=None)
+        weights = chosen.apply(call.weights(part, heads), valid[:, None, part, None])
+        after = row_outputs(weights, call.heads(heads)[2])
         result[:, part[:, None], heads[None]] = after.transpose(1, 2).to(out.dtype)
     return result, edited
