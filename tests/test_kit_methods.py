@@ -14,6 +14,7 @@ from tests.matrix_pruning import PRUNING
 from tests.reference.llava import image_features
 from tests.reference.pruning_stages import Staged
 from vlm_attn.errors import UnsupportedError
+from vlm_attn.families import checks
 
 PROMPTS = 50
 CASES = [(name, number) for name, row in PRUNING.items() for number in range(len(row["variants"]))]
@@ -135,3 +136,22 @@ class _Rotary(Staged):
 def test_wrong_schedules_are_refused(name: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vlm_attn.attach(models.llava(4), vlm_attn.method(name, **params))
+
+
+@pytest.mark.parametrize("name", ["fastv", "random_prune", "divprune", "feather", "dart"])
+def test_row_ends_of_tiles_are_never_dropped(name: str) -> None:
+    """Any-resolution pictures: the row-end tokens stay, and the budget counts the others."""
+    bench = checks.bench("llava_next", "sdpa")
+    inputs = bench.inputs("padded")
+    params = {"keep": [0.25], "layers": [1]} if name == "feather" else {"keep": 0.25}
+    with vlm_attn.attach(bench.model, vlm_attn.method(name, **params)) as session, torch.no_grad():
+        bench.model(**inputs)
+        first, last = session.last.tokens, session.last.stages[-1].tokens
+    ends = first.vis & (first.frame < 0)
+    assert ends.any()
+    kept = {(row, int(i)) for row in range(last.batch) for i in last.index[row][last.vis[row]]}
+    assert {(int(r), int(i)) for r, i in ends.nonzero()} <= kept
+    if name in ("fastv", "random_prune", "divprune", "dart"):
+        for row, layouts in enumerate(first.layouts):
+            wanted = sum(round(0.25 * int((layout.view >= 0).sum())) for layout in layouts)
+            assert int((last.vis[row] & (last.frame[row] >= 0)).sum()) == wanted

@@ -18,6 +18,7 @@ from .attention import masks
 from .errors import UnsupportedError
 from .families import Family
 from .request import PruneStage, Request
+from .selection import protected
 from .tokens import TokenMap
 
 
@@ -44,7 +45,11 @@ def choose(tokens: TokenMap, keep: Tensor, keep_padding: bool) -> tuple[Tensor, 
 
 
 def stage(tokens: TokenMap, keep: Tensor, layer: int, previous: PruneStage | None) -> tuple[PruneStage, Tensor] | None:
-    """The stage after keeping ``keep`` of ``tokens``, and its slots relative to ``tokens``; None if all stay."""
+    """The stage after keeping ``keep`` of ``tokens``, and its slots relative to ``tokens``; None if all stay.
+
+    Tokens that frame a picture stay, whatever ``keep`` says.
+    """
+    keep = keep | protected(tokens)
     if bool((keep | ~tokens.vis).all()):
         return None
     relative, valid = choose(tokens, keep, keep_padding=layer == 0)

@@ -18,13 +18,32 @@ Keep = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 """Visual tokens to keep per image: a count (int) or a share of the image's tokens (float in (0, 1])."""
 
 
+def protected(tokens: TokenMap) -> Tensor:
+    """bool ``[B, N]``: visual tokens that show no pixels beside others that do (row ends, separators, class tokens).
+
+    They frame the picture and are neither scored nor dropped. Tokens of a picture without any grid (queries) all count
+    as picture.
+    """
+    out = torch.zeros_like(tokens.vis)
+    for row, layouts in enumerate(tokens.layouts):
+        for image, layout in enumerate(layouts):
+            if layout.views:
+                out[row] |= (tokens.img_id[row] == image) & (tokens.frame[row] < 0)
+    return out & tokens.vis
+
+
 def images(tokens: TokenMap) -> Iterator[tuple[int, Tensor, int]]:
-    """(row, slots ``[n]`` of one image that are left, number of tokens the image had in the prompt)."""
+    """(row, slots ``[n]`` of one image that are left, number of tokens the image had in the prompt).
+
+    Protected tokens are in neither.
+    """
+    free = tokens.vis & ~protected(tokens)
     for row in range(tokens.batch):
         for image in range(tokens.images(row)):
-            slots = (tokens.vis[row] & (tokens.img_id[row] == image)).nonzero()[:, 0]
+            slots = (free[row] & (tokens.img_id[row] == image)).nonzero()[:, 0]
             if slots.numel():
-                yield row, slots, len(tokens.layouts[row][image])
+                layout = tokens.layouts[row][image]
+                yield row, slots, int((layout.view >= 0).sum()) if layout.views else len(layout)
 
 
 def position(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
@@ -72,4 +91,4 @@ def exp_trend(tokens: TokenMap, scores: Tensor, sigma: float) -> Tensor:
     return out
 
 
-__all__ = ["Keep", "budget", "exp_trend", "images", "position", "select", "top_k"]
+__all__ = ["Keep", "budget", "exp_trend", "images", "position", "protected", "select", "top_k"]
