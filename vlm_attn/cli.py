@@ -26,7 +26,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 import vlm_attn
-from vlm_attn.cli_score import score
+from vlm_attn.evaluation.score_command import score
 
 if TYPE_CHECKING:
     from vlm_attn.stages import Method
