@@ -132,6 +132,9 @@ def test_proportional_shares(seed: int) -> None:
     if all(k * size >= sum(sizes) for size in sizes):  # no minimum binds: largest remainders
         share = [min(k, sum(sizes)) * size / sum(sizes) for size in sizes]
         assert all(abs(c - s) < 1 + 1e-9 for c, s in zip(out, share, strict=True))
+        floors = [math.floor(x + 1e-9) for x in share]
+        extra = sorted(range(len(sizes)), key=lambda i: (floors[i] - share[i], i))[: sum(out) - sum(floors)]
+        assert out == [f + (i in extra) for i, f in enumerate(floors)]
 
 
 def test_more_images_than_tokens_are_refused() -> None:

@@ -155,3 +155,38 @@ def test_row_ends_of_tiles_are_never_dropped(name: str) -> None:
         for row, layouts in enumerate(first.layouts):
             wanted = sum(round(0.25 * int((layout.view >= 0).sum())) for layout in layouts)
             assert int((last.vis[row] & (last.frame[row] >= 0)).sum()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "message"), [("llava_next", "one visual token per patch"), ("qwen2_5_vl", "vision encoder")]
+)
+def test_encoder_methods_refuse_tokens_that_are_no_patches(family: str, message: str) -> None:
+    bench = checks.bench(family, "sdpa")
+    with (
+        pytest.raises(UnsupportedError, match=f"fastervlm.*{message}"),
+        vlm_attn.attach(bench.model, vlm_attn.method("fastervlm")),
+        torch.no_grad(),
+    ):
+        bench.model(**bench.inputs("single"))
+
+
+def test_encoder_methods_refuse_finished_features() -> None:
+    model, inputs = models.llava(4), models.single().inputs()
+    features = model.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
+    with (
+        vlm_attn.attach(model, vlm_attn.method("visionzip")),
+        pytest.raises(UnsupportedError, match="visionzip reads the vision encoder at work"),
+        torch.no_grad(),
+    ):
+        model(**inputs, mm_encoder_outputs={"image": features})
+
+
+def test_renumbering_is_refused_on_positions_of_several_planes() -> None:
+    bench = checks.bench("qwen2_5_vl", "sdpa")
+    for name in ("pyramiddrop", "divprune"):
+        with (
+            vlm_attn.attach(bench.model, vlm_attn.method(name)),
+            pytest.raises(UnsupportedError, match="positions='keep'"),
+            torch.no_grad(),
+        ):
+            bench.model(**bench.inputs("single"))
