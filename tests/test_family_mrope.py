@@ -22,6 +22,7 @@ from vlm_attn.tokens import Layout, TokenMap
 
 ONE = Sample(seed=1)
 TWO = Sample(pictures=((56, 84), (112, 56)), seed=2, before=5, after=9)
+ALSO = Sample(pictures=((98, 56), (56, 84)), seed=7, before=3, after=7)
 TEXT = Sample(pictures=(), seed=3)
 FILM = Sample(frames=4, pictures=((56, 84),), seed=4)
 SHORT = Sample(frames=2, pictures=((84, 56),), seed=6, before=1)
@@ -192,12 +193,15 @@ class Scattered(Prune):
     summary = "every third visual token"
 
     layer: int = 2
+    again: int | None = None
+    """Layer from which on every sixth is left."""
 
     def sites(self) -> list[Site]:
-        return [Site(self.layer, None)]
+        return [Site(layer, None) for layer in (self.layer, self.again) if layer is not None]
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        return view.tokens.vis & (view.tokens.index % 3 == 0)
+        step = 6 if view.site.layer == self.again else 3
+        return view.tokens.vis & (view.tokens.index % step == 0)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -205,10 +209,12 @@ class Scattered(Prune):
 def test_pruning_is_masking(name: str, layer: int) -> None:
     """Dropped tokens are gone as if no later token could see them; DeepStack and experts follow those that stay."""
     model = built(name, "eager")
-    inputs = SPECIMENS[name].inputs([TWO, TEXT, ONE])
+    # Before layer 0 padding stays, so only rows of like length make the batch shorter.
+    inputs = SPECIMENS[name].inputs([TWO, ALSO] if layer == 0 else [TWO, TEXT, ONE])
     with vlm_attn.attach(model, Scattered(layer=layer)) as session:
         tokens, logits, _ = greedy(model, inputs)
-        roles = session.last.tokens
+        roles, kept = session.last.tokens, session.last.stages[-1].idx
+    assert kept.shape[1] < roles.length - 20
     dropped = roles.vis & (roles.index % 3 != 0)
     assert int(dropped.sum()) > 30
     expected = masked(model, inputs, tokens, dropped, layer)
@@ -216,11 +222,22 @@ def test_pruning_is_masking(name: str, layer: int) -> None:
     assert distance(greedy(model, inputs)[1][0], expected[0]) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "ernie4_5_vl_moe"])
+def test_two_cuts_are_two_masks(name: str) -> None:
+    model = built(name, "eager")
+    inputs = SPECIMENS[name].inputs([TWO, ALSO])
+    with vlm_attn.attach(model, Scattered(layer=0, again=2)) as session:
+        tokens, logits, _ = greedy(model, inputs)
+        roles = session.last.tokens
+    later = {2: roles.vis & (roles.index % 6 != 0)}
+    assert distance(logits, masked(model, inputs, tokens, roles.vis & (roles.index % 3 != 0), 0, later)) <= 1e-4
+
+
 @pytest.mark.parametrize("name", ["qwen3_vl", "glm4v", "ernie4_5_vl_moe", "video_llama_3"])
 def test_pruning_of_frames_is_masking(name: str) -> None:
     model = built(name, "eager")
-    inputs = SPECIMENS[name].inputs([STILL, TEXT, SHORT])
-    for layer in (0, 1):
+    for layer, rows in ((0, [STILL, STILL]), (1, [STILL, TEXT, SHORT])):
+        inputs = SPECIMENS[name].inputs(rows)
         with vlm_attn.attach(model, Scattered(layer=layer)) as session:
             tokens, logits, _ = greedy(model, inputs)
             roles = session.last.tokens
@@ -228,11 +245,21 @@ def test_pruning_of_frames_is_masking(name: str) -> None:
         assert distance(logits, masked(model, inputs, tokens, dropped, layer)) <= 1e-4
 
 
-def masked(model: Any, inputs: dict[str, Tensor], tokens: Tensor, dropped: Tensor, layer: int) -> Tensor:
-    """Logits `[steps, B, V]` of the stock model on the same answer; from `layer` on nobody sees dropped keys."""
+def masked(
+    model: Any,
+    inputs: dict[str, Tensor],
+    tokens: Tensor,
+    dropped: Tensor,
+    layer: int,
+    later: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """Logits `[steps, B, V]` of the stock model on the same answer; from `layer` on nobody sees dropped keys.
+
+    `later` names more keys that are out of sight from other layers on.
+    """
     prompt = inputs["input_ids"].shape[1]
 
-    def hide(module: Any, args: Any, kwargs: Any) -> Any:
+    def hide(dropped: Tensor, module: Any, args: Any, kwargs: Any) -> Any:
         mask = kwargs["attention_mask"]
         gone = torch.zeros(len(dropped), mask.shape[-1], dtype=torch.bool)
         gone[:, :prompt] = dropped
@@ -241,7 +268,12 @@ def masked(model: Any, inputs: dict[str, Tensor], tokens: Tensor, dropped: Tenso
     def dictate(ids: Tensor, scores: Tensor) -> Tensor:
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, ids.shape[1] - prompt][:, None], 0.0)
 
-    hooks = [m.register_forward_pre_hook(hide, with_kwargs=True) for m in model.get_decoder().layers[layer:]]
+    layers = model.get_decoder().layers
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(hide, gone), with_kwargs=True)
+        for start, gone in [(layer, dropped), *(later or {}).items()]
+        for module in layers[start:]
+    ]
     try:
         return greedy(model, inputs, logits_processor=[dictate])[1]
     finally:
