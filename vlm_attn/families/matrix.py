@@ -111,8 +111,8 @@ def document(data: dict[str, Any]) -> str:
         "random-weight model built from the family's real config classes, with the attention backends",
         ", ".join(f"`{b}`" for b in backends) + ": neutral strength gives the unwrapped model's logits (relative",
         "difference at most 1e-5, prefill and four cached steps, one prompt and a left-padded batch of three unequal",
-        "ones), the default strength changes them, each row of the batch gives what it gives alone, and the detached",
-        "model is bit-identical. FlexAttention ran uncompiled.",
+        "ones), the default strength changes them, each row of the batch gives what it gives alone (compared with",
+        "`sdpa`), and the detached model is bit-identical. FlexAttention ran uncompiled.",
         "",
         f"torch {data['versions']['torch']}, transformers {data['versions']['transformers']}; {total} cells: "
         + ", ".join(f"{counts[s]} {s}" for s in MARKS)
