@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tests import models
 from tests.matrix_pruning import PRUNING
-from tests.reference import edits, edits_heads, edits_logits, pruning
+from tests.reference import edits, edits_heads, edits_logits, edits_rows, pruning
 from tests.reference.llava import Dense
 
 SINKS = {"sink_dims": (3, 7), "tau": 1.6}  # the tiny random models have sinks there
+GIFT = {"content_only": False, "suffix_tokens": 2}
 HEADS = [[0, 1], [1, 0], [1, 2], [2, 3], [3, 1]]
 Reference = Callable[[Any, dict[str, Any], Any, int], Dense]
 
@@ -163,6 +164,16 @@ MATRIX: dict[str, Row] = {
             },
         ),
         reference=lambda model, params, last, row: edits_heads.Act(model, **params),
+    ),
+    # tiny models have no words: which tokens make up the question is given, not read
+    "gift": Row(
+        default={**GIFT, "saliency_layer": 1, "enhance_layers": [2, 3]},
+        variants=(
+            {**GIFT, "saliency_layer": 1, "enhance_layers": [2, 3]},
+            {**GIFT, "saliency_layer": 2, "enhance_layers": [0, 1, 3], "alpha": 2.0, "beta": 0.5},
+            {**GIFT, "saliency_layer": 1, "enhance_layers": [1], "beta": None, "head_fraction": 0.3},
+        ),
+        reference=lambda model, params, last, row: edits_rows.Gift(model, **params),
     ),
     "sofa": Row(
         variants=({}, {"mode": "output", "sigma": 0.7, "layer_stride": 1}, {"intra_image": True, "sigma": 1.0}),

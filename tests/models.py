@@ -162,7 +162,7 @@ def mixed() -> Batch:
 
 def pairs() -> Batch:
     """Two prompts of unequal length, two images each."""
-    return Batch([sample(4, 7, images=2, seed=11), sample(2, 5, images=2, seed=12)])
+    return Batch([sample(4, 7, images=2, seed=13), sample(2, 5, images=2, seed=14)])
 
 
 BATCHES = {"single": single, "padded": padded, "two_images": two_images}

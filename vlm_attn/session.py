@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
-from . import probe, profiles, pruning
+from . import probe, profiles, pruning, words
 from .attention import interface
 from .attention.call import Call
 from .capture import Capture, brings_media, by_name
@@ -269,6 +269,9 @@ class Session:
         request.seen, request.prefilled = tokens.length, True
         request.times["encode_s"] = sum(m.seconds for m in media.values())
         request.encoder = self.encoder.take(tokens)
+        if self.edits.wants_words:
+            names = ", ".join(m.name for m in self.methods if isinstance(m, Edit) and m.wants_words)
+            request.words = words.roles(self.processor, ids, tokens, names)
         self.request = request
         if self.edits.text_stream_layers:
             request.text = TextStream(self, ids, mask, self.edits.paired)

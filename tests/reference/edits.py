@@ -63,6 +63,9 @@ class Var(Dense):
         visual[: len(self.visual)] = self.visual
         sink = torch.zeros(keys, dtype=torch.bool)
         sink[: len(self.visual)] = self.sinks[layer]
+        hidden = self.hidden_keys(layer, keys)
+        if hidden is not None:
+            visual, sink = visual & ~hidden, sink & ~hidden
         v1, v0 = sink & visual, visual & ~sink
         t1 = sink & ~visual if self.include_text_sinks else torch.zeros(keys, dtype=torch.bool)
         donors = v1 | t1
