@@ -203,8 +203,8 @@ def _checks(b: Bench, row: MethodRow, figures: dict[str, float]) -> str:
     default = row.cls()
     if row.stage != "refine":  # a refining method acts on the picture, before the processor
         with b.attached(default):
-            together = trace(b.model, b.inputs("padded"))
-            alone = [trace(b.model, b.inputs("padded", row)) for row in b.compared]
+            together = trace(b.model, b.inputs("padded"), 2)
+            alone = [trace(b.model, b.inputs("padded", row), 2) for row in b.compared]
         # The whole batch counts: a method that looks at the picture first may leave one prompt alone.
         figures["effect"] = _effect(together, b.stock["padded", None])
         if alone:
@@ -232,7 +232,7 @@ def _rows_alone(together: Trace, alone: list[Trace]) -> float:
     worst = 0.0
     for row, (tokens, _, scores) in enumerate(alone):
         agree = int((tokens[0] == together[0][row]).long().cumprod(0).sum())
-        upto = min(agree + 1, STEPS)
+        upto = min(agree + 1, len(scores))
         worst = max(worst, distance(together[2][:upto, row], scores[:upto, 0]))
     return worst
 
