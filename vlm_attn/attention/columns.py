@@ -15,8 +15,10 @@ from .call import Call
 from .plans import Labelled
 from .rows import chunks, row_logits, row_outputs
 
-# Below this share of unlabelled mass, O - M_S O_S loses too many digits.
-DIRECT = 1e-2
+
+def _direct_below(dtype: torch.dtype) -> float:
+    """Share of unlabelled mass below which ``O - M_S O_S`` loses too many digits of the output's type."""
+    return 1e-2 if dtype == torch.float32 else 0.2
 
 
 def column_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def edit_labelled(
         scales = torch.where(valid[:, None, part, None], item.edit.scales(masses, counts), 1.0)
         edited += int((scales != 1).any(-1).sum())
         # Where nearly all mass is labelled, the rest is a difference of equals: such rows are computed directly.
-        unsafe = (masses[..., 0] < DIRECT) & valid[:, None, part]
+        unsafe = (masses[..., 0] < _direct_below(out.dtype)) & valid[:, None, part]
         direct.append(part[unsafe.any(0).any(0)])
         base = scales[..., :1]
         per_key = (scales - base) @ member.transpose(-1, -2)
