@@ -138,10 +138,7 @@ def key_mass(
     """
     b, h, q, n = _check(query, key, causal)
     if rows is not None:
-        if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"rows must be an integer vector [R], got {rows.dtype} {list(rows.shape)}")
-        if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < q:
-            raise ValueError(f"rows {int(rows.min())}..{int(rows.max())} are not all in 0..{q - 1}")
+        _check_rows(rows, q)
         rows = rows.to(query.device)
     r = q if rows is None else rows.numel()
     _expect("lse", lse, (b, h, q), torch.float32)
@@ -358,6 +355,16 @@ def _check(query: Tensor, key: Tensor, causal: bool) -> tuple[int, int, int, int
     if causal and q > n:
         raise ValueError(f"causal attention of {q} rows needs at least as many keys; got {n}")
     return b, h, q, n
+
+
+def _check_rows(rows: Tensor, queries: int) -> None:
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rows must be an integer vector [R], got {rows.dtype} {list(rows.shape)}")
+    # Values on another device, or of traced tensors, stay unread.
+    if type(rows) is Tensor and rows.device.type == "cpu" and rows.numel():
+        least, most = int(rows.min()), int(rows.max())
+        if least < 0 or most >= queries:
+            raise ValueError(f"rows {least}..{most} are not all in 0..{queries - 1}")
 
 
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:

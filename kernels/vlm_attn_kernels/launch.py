@@ -15,6 +15,8 @@ from torch import Tensor
 
 # The interpreter computes tl.dot on bfloat16 wrongly: operands are widened there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Compiler options, given with every launch: multiply and add in one instruction.
+OPTIONS: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": True}
 INTERPRETED_TILE = {"BLOCK_M": 32, "BLOCK_N": 64, "STAGES": 1}
 MAX_HEAD_DIM = 256
 # Fewest keys worth a program of their own where keys are split.
@@ -46,9 +48,9 @@ class Footprint:
     classes: Callable[[Mapping[str, Any]], int] = lambda meta: 0
 
     def shared(self, meta: Mapping[str, Any], itemsize: int) -> int:
-        """Shared memory in bytes."""
+        """Shared memory in bytes, with room for reductions and row statistics."""
         tiles = meta[self.resident] + meta["STAGES"] * self.streams * meta[self.streamed]
-        return meta["BLOCK_D"] * itemsize * tiles
+        return meta["BLOCK_D"] * itemsize * tiles + 4096
 
     def registers(self, meta: Mapping[str, Any], warps: int) -> int:
         """Registers per thread that accumulators and one tile of logits and of weights take."""
@@ -83,7 +85,7 @@ def tuned(kernel: Any, configs: list[triton.Config], key: list[str], footprint: 
 def common(query: Tensor) -> dict[str, Any]:
     """Compile-time arguments every kernel takes."""
     width = query.shape[-1]
-    return {"HEAD_DIM": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "WIDEN": INTERPRETED}
+    return {"HEAD_DIM": width, "BLOCK_D": max(16, triton.next_power_of_2(width)), "WIDEN": INTERPRETED, **OPTIONS}
 
 
 @functools.cache

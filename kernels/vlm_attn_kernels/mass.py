@@ -30,8 +30,12 @@ from .launch import (
     tuned,
 )
 
-LSE_CONFIGS = [config(m, n, 4, s) for m in (16, 64) for n, s in ((64, 2), (64, 3), (128, 2))]
+LSE_CONFIGS = [
+    *(config(m, n, 4, s) for m in (16, 64) for n, s in ((64, 2), (64, 3), (128, 2))),
+    config(16, 32, 4, 2),
+]
 MASS_CONFIGS = [
+    config(16, 32, 4, 2),
     *(config(m, n, 4, 2) for m in (16, 32) for n in (64, 128)),
     *(config(m, 64, w, 3) for m, w in ((32, 4), (64, 8))),
     *(config(m, n, 8, 2) for m, n in ((64, 64), (64, 128), (128, 64))),

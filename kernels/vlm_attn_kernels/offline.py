@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import mass, segments
-from .launch import Footprint
+from .launch import OPTIONS, Footprint
 
 # Shared memory one program may take, in bytes, by compute capability.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
@@ -111,7 +111,7 @@ def build(name: str, one: triton.Config, capability: int, head_dim: int, dtype: 
     fixed = {**kernel.meta, **one.kwargs, "HEAD_DIM": head_dim, "BLOCK_D": width, "WIDEN": False}
     source = _source(kernel, fixed, dtype)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target, {"num_warps": one.num_warps, "num_stages": one.num_stages})
+    compiled = triton.compile(source, target, {**OPTIONS, "num_warps": one.num_warps, "num_stages": one.num_stages})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

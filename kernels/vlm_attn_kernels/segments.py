@@ -26,6 +26,7 @@ from .launch import (
     LOG2E,
     LOWEST,
     MAX_HEAD_DIM,
+    OPTIONS,
     Footprint,
     common,
     config,
@@ -43,9 +44,12 @@ TILE_CONFIGS = [
     *(config(m, 64, 8, s) for m in (64, 128) for s in (2, 3)),
     *(config(m, n, 4, s) for m in (32, 64) for n, s in ((32, 3), (64, 2), (64, 3))),
     config(32, 32, 8, 2),
-    config(16, 32, 4, 2),
+    *(config(16, 32, 4, s) for s in (1, 2)),
 ]
-SPLIT_CONFIGS = [config(0, n, w, s) for n, s in ((32, 3), (64, 2), (64, 3), (128, 2)) for w in (4, 8)]
+SPLIT_CONFIGS = [
+    *(config(0, n, w, s) for n, s in ((32, 3), (64, 2), (64, 3), (128, 2)) for w in (4, 8)),
+    *(config(0, 32, 4, s) for s in (1, 2)),
+]
 for _one in SPLIT_CONFIGS:
     del _one.kwargs["BLOCK_M"]  # follows from the number of rows
 
@@ -332,7 +336,7 @@ def _label_words(labels: Tensor, keys: int) -> Tensor:
     flat = labels.reshape(b * h, labelled)
     words = torch.empty((b * h, triton.cdiv(keys, 128) * 128 // WORD.value), dtype=torch.int32, device=labels.device)
     label_words_kernel[(b * h, triton.cdiv(words.shape[1], 64))](
-        flat, words, *flat.stride(), words.shape[1], labelled, COUNT=64
+        flat, words, *flat.stride(), words.shape[1], labelled, COUNT=64, **OPTIONS
     )
     return words.view(b, h, -1)
 
