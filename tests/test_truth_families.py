@@ -77,7 +77,8 @@ def test_fastv(case: str, params: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", SAMPLES)
 def test_var(case: str) -> None:
     # Sinks and rows enough for a random model of few visual tokens.
-    params = {"sink_dims": (3, 7, 11, 20, 33), "tau": 1.0, "visual_mass_min": 0.02, "rho_nonsink": 0.1, "first_layer": 0}
+    sinks = {"sink_dims": (3, 7, 11, 20, 33), "tau": 1.0}
+    params = {**sinks, "visual_mass_min": 0.02, "rho_nonsink": 0.1, "first_layer": 0}
     last, tokens, logits, _ = attached(case, vlm_attn.method("var", **params))
     dense = reference.Var(model_of(SAMPLES[case][0]), **params)
     assert distance(logits, dense.answer(inputs_of(case), tokens)) <= TOLERANCE

@@ -425,5 +425,6 @@ def _explained(error: Exception, debug: bool) -> tuple[str, int]:
 def _fail(message: str, code: int, as_json: bool) -> int:
     err.print(f"[bold red]error:[/bold red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
     if as_json:
-        emit({"error": " ".join(message.split()), "exit_code": code})
+        with contextlib.suppress(OSError):  # standard output itself may be what failed
+            emit({"error": " ".join(message.split()), "exit_code": code})
     return code

@@ -1,7 +1,8 @@
 """The support matrix: every method on every family with every attention backend, executed or refused with a reason.
 
-    python -m vlm_attn.families.matrix                      the whole matrix; writes docs/support.md and support.json
-    python -m vlm_attn.families.matrix --families qwen2_vl --methods fastv,var --backends sdpa --dry
+    python -m vlm_attn.families.matrix                            all of it; writes docs/support.md and support.json
+    python -m vlm_attn.families.matrix --methods fastv            one column again, the rest of the record stays
+    python -m vlm_attn.families.matrix --families qwen2_vl --dry  one family, nothing written
 
 Each cell runs the generic checks of :mod:`vlm_attn.families.checks` on a tiny random-weight model of the family, built
 from its real config classes.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -54,14 +54,35 @@ def run(families: Sequence[str], methods: Sequence[str], backends: Sequence[str]
             yield from found
 
 
-def record(found: Sequence[Cell], seconds: float) -> dict[str, Any]:
+def merged(found: Sequence[Cell], known: dict[str, Any]) -> list[Cell]:
+    """The cells of an earlier record with those of this run in their place; what no longer exists is left out."""
+    methods = {row.name: row for row in registry.methods()}
+    cells = {
+        (family, c["backend"], c["method"]): Cell(
+            family,
+            c["backend"],
+            c["method"],
+            methods[c["method"]].stage,
+            c["status"],
+            c.get("detail", ""),
+            c["figures"],
+        )
+        for family, entry in known.get("families", {}).items()
+        for c in entry["cells"]
+        if family in ADAPTERS and c["method"] in methods
+    }
+    cells.update({(c.family, c.backend, c.method): c for c in found})
+    order = {name: i for i, name in enumerate([*ADAPTERS, *BACKENDS, *methods])}
+    return sorted(cells.values(), key=lambda c: (order[c.family], order[c.backend], order[c.method]))
+
+
+def record(found: Sequence[Cell]) -> dict[str, Any]:
     """The record as plain data."""
     by_family: dict[str, list[Cell]] = defaultdict(list)
     for cell in found:
         by_family[cell.family].append(cell)
     return {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "seconds": round(seconds),
         "families": {
             family: {
                 "inputs": SPECIMENS[family].handmade or "real processor",
@@ -156,14 +177,15 @@ def main(
     chosen = _listed(families, [f for f in ADAPTERS if f in SPECIMENS], "family")
     names = _listed(methods, [row.name for row in registry.methods()], "method")
     used = _listed(backends, BACKENDS, "backend")
-    start, found = time.perf_counter(), []
+    found = []
     total = len(chosen) * len(names) * len(used)
     for cell in rich.progress.track(run(chosen, names, used, jobs), description="matrix", total=total):
         found.append(cell)
         if cell.status == "failed":
             typer.echo(f"{cell.family} {cell.backend} {cell.method}: {cell.detail}", err=True)
-    data = record(found, time.perf_counter() - start)
     if not dry:
+        known = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+        data = record(merged(found, known))
         RECORD.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         docs.write_text(document(data), encoding="utf-8")
     tally = {status: sum(c.status == status for c in found) for status in MARKS}

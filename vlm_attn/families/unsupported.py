@@ -28,6 +28,8 @@ UNSUPPORTED: dict[str, str] = {
     "gemma3n": _SHARED_KEYS,
     "gemma4": _SHARED_KEYS,
     "git": "its decoder puts the picture in front of the prompt itself, without placeholders",
+    "granite4_vision": "windows of query tokens enter several decoder layers at once, and no adapter lays them out",
+    "kimi_k25": "its decoder attends through latent keys, which have no heads to read or edit",
     "llama4": "its features are projected outside the feature function, and its layers attend in chunks of the cache",
     "pi0": "it generates the actions of a robot, not text",
     "shieldgemma2": "it classifies pictures and generates nothing; attach to the Gemma 3 inside it (model.model)",
