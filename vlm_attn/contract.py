@@ -25,7 +25,10 @@ def method_dataclass(cls: type[T]) -> type[T]:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Shape of the language model a session is attached to, as methods may see it."""
+    """Shape of the language model a session is attached to, as methods may see it.
+
+    ``joined`` says why there is nothing between the pictures of a prompt to open; empty where pictures are apart.
+    """
 
     checkpoint: str
     family: str
@@ -34,6 +37,7 @@ class ModelInfo:
     kv_heads: int
     head_dim: int
     hidden: int
+    joined: str = ""
 
     @property
     def signature(self) -> dict[str, Any]:

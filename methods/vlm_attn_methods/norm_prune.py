@@ -39,4 +39,10 @@ class NormPrune(OneSite):
         return (Site(self.layer, hidden=True),)
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        return select(view.tokens, self.keep, lambda row, slots, k: topk(norm(view.features[row, slots]), k))
+        return select(view.tokens, self.keep, lambda row, slots, k: topk(lengths(view.features[row, slots]), k))
+
+
+def lengths(features: Tensor) -> Tensor:
+    """Lengths in steps of 1e-4 of their mean: what a norm layer made equally long ties, whatever the rounding."""
+    scores = norm(features)
+    return (scores / scores.mean() * 1e4).round()

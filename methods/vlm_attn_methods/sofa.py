@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.errors import UnsupportedError
 from vlm_attn.stages import ModelInfo, SoftMask, check_layer, method_dataclass
 
 
@@ -48,6 +49,8 @@ class SoFA(SoftMask):
 
     def resolve(self, model: ModelInfo, profile: object) -> SoFA:
         check_layer(self.name, "layer_offset", self.layer_offset, model)
+        if self.sigma > 0 and model.joined:
+            raise UnsupportedError(f"sofa has nothing to open in {model.family} models: {model.joined}; leave it out")
         return self
 
     def edit_layers(self, model: ModelInfo) -> frozenset[int]:

@@ -131,6 +131,9 @@ class Family:
 
     # ------------------------------------------------------------------------------------------------- structure
 
+    joined: ClassVar[str] = ""
+    """Why there is nothing between the pictures of a prompt to open; empty where a picture cannot see later ones."""
+
     hybrid: ClassVar[bool] = False
     """Whether some decoder layers have no attention."""
 
@@ -164,6 +167,7 @@ class Family:
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(head_dim or config.hidden_size // heads),
             hidden=int(config.hidden_size),
+            joined=self.joined,
         )
 
     def window(self, layer: int) -> int | None:

@@ -25,6 +25,7 @@ class Blip(Family):
     """
 
     output_names = ("o_proj", "out_proj")
+    joined = "a prompt holds one picture"
 
     def __init__(self, model: PreTrainedModel):
         if getattr(model.config.get_text_config(), "is_encoder_decoder", False):

@@ -30,7 +30,13 @@ ROWS_TOLERANCE = 4e-5  # a batch and its rows alone round differently, and metho
 REFUSALS = (UnsupportedError, AttachError, MissingProfileError)
 
 # What stands in for calibrated data on a random model. Only the mechanics are executed with it.
+_HEADS = [[layer, head] for layer in (1, 2) for head in range(4)]
 STAND_INS: dict[str, dict[str, Any]] = {
+    "act": {"heads": "all"},
+    "adhh": {"heads": _HEADS},
+    "gift": {"saliency_layer": 1, "enhance_layers": [1, 2]},
+    "head_gate": {"heads": _HEADS},
+    "zerotuning": {"gamma": 2.0, "heads": _HEADS},
     "trend": {"sigma": 0.5},
 }
 
@@ -202,8 +208,10 @@ def _checks(b: Bench, row: MethodRow, figures: dict[str, float]) -> str:
             figures[f"neutral {kind}"] = max(distance(neutral_logits, logits), distance(neutral_scores, scores))
     default = row.cls()
     if row.stage != "refine":  # a refining method acts on the picture, before the processor
-        with b.attached(default):
+        with b.attached(default) as session:
             together = trace(b.model, b.inputs("padded"), 2)
+            # In a tiny model an edit may reach no later row, and no logits: then what it edited counts.
+            figures["edited"] = float(sum(session.last.edited.values()))
             alone = [trace(b.model, b.inputs("padded", row), 2) for row in b.compared]
         # The whole batch counts: a method that looks at the picture first may leave one prompt alone.
         figures["effect"] = _effect(together, b.stock["padded", None])
@@ -242,7 +250,7 @@ def _judge(row: MethodRow, figures: dict[str, float]) -> str:
         if name.startswith("neutral") and not value <= TOLERANCE:
             return f"{name}: {value:.1e} instead of at most {TOLERANCE:.0e}"
     changes_nothing = row.stage in ("read", "refine")
-    if not changes_nothing and not figures["effect"] > 0:
+    if not changes_nothing and not (figures["effect"] > 0 or figures["edited"] > 0):
         return "at its default strength the method changes nothing"
     if changes_nothing and figures.get("effect", 0.0) > TOLERANCE:
         return f"a method that must change nothing changes logits by {figures['effect']:.1e}"

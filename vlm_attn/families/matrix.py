@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -104,11 +105,20 @@ def record(found: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
+def general(reason: str, method: str, stages: dict[str, str]) -> str:
+    """A refusal without the names and figures of one method on one tiny model, so that equal reasons share a note."""
+    text = re.sub(r"\w+ForConditionalGeneration( \(family [^)]*\))?", "the model", reason)
+    text = re.sub(rf"(?<!for )\b{method}\b( on [\w-]+)?", "the method", text)
+    text = re.sub(r"\[?\b\d+(, \d+)*\b\]?", "N", text)
+    return f"{stages.get(method, 'read')}: {text}"
+
+
 def document(data: dict[str, Any]) -> str:
     """The record as a Markdown page."""
     families = data["families"]
     names = list(dict.fromkeys(c["method"] for f in families.values() for c in f["cells"]))
     backends = list(dict.fromkeys(c["backend"] for f in families.values() for c in f["cells"]))
+    stages = {row.name: row.stage for row in registry.methods()}
     counts: dict[str, int] = defaultdict(int)
     reasons: dict[str, int] = {}
     lines = ["| family | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
@@ -118,7 +128,7 @@ def document(data: dict[str, Any]) -> str:
             mine = [c for c in entry["cells"] if c["method"] == name]
             for c in mine:
                 counts[c["status"]] += 1
-            refusals = sorted({c["detail"] for c in mine if c["status"] == "refused"})
+            refusals = sorted({general(c["detail"], name, stages) for c in mine if c["status"] == "refused"})
             notes = "".join(f"[{reasons.setdefault(reason, len(reasons) + 1)}]" for reason in refusals)
             statuses = {c["status"] for c in mine}
             worst = next((s for s in ("failed", "refused", "executed") if s in statuses), "refused")
@@ -151,6 +161,16 @@ def document(data: dict[str, Any]) -> str:
         tail += ["", "## Families that cannot be served", ""]
         tail += [f"- {family}: {reason}" for family, reason in data["unsupported"].items()]
     return "\n".join([*head, *lines, *tail]).rstrip() + "\n"
+
+
+def compact(data: dict[str, Any]) -> str:
+    """The record as JSON with one cell per line."""
+    rest = {key: value for key, value in data.items() if key != "families"}
+    families = []
+    for family, entry in data["families"].items():
+        cells = ",\n".join(json.dumps(cell, separators=(",", ":")) for cell in entry["cells"])
+        families.append(f'{json.dumps(family)}: {{"inputs": {json.dumps(entry["inputs"])}, "cells": [\n{cells}]}}')
+    return json.dumps(rest, indent=1)[:-2] + ',\n "families": {\n' + ",\n".join(families) + "}\n}\n"
 
 
 app = typer.Typer(add_completion=False)
@@ -186,7 +206,7 @@ def main(
     if not dry:
         known = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
         data = record(merged(found, known))
-        RECORD.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        RECORD.write_text(compact(data), encoding="utf-8")
         docs.write_text(document(data), encoding="utf-8")
     tally = {status: sum(c.status == status for c in found) for status in MARKS}
     typer.echo(", ".join(f"{count} {status}" for status, count in tally.items()))

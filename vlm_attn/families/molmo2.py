@@ -17,6 +17,7 @@ from .base import Family, Media, beside
 class Molmo2(Family):
     """``Molmo2ForConditionalGeneration``: pictures and words of a prompt in one mask, pictures seeing each other."""
 
+    joined = "every picture of a prompt sees the others already"
     structure = ("image_start_token_id", "low_res_image_start_token_id", "image_end_token_id")
 
     def _placeholders(self) -> dict[str, int]:
