@@ -6,6 +6,7 @@ method or a family.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -220,6 +221,8 @@ def _checks(b: Bench, row: MethodRow, figures: dict[str, float]) -> str:
             figures["rows alone, unwrapped"] = _rows_alone(
                 b.stock["padded", None], [b.stock["padded", row] for row in b.compared]
             )
+        if not _acts(figures) and row.stage in ("prune", "edit", "decode"):
+            _search(b, default, figures)
     if fingerprint(b.model) != before:
         return "detach left something behind"
     if not torch.equal(trace(b.model, b.inputs("padded"), 1)[1][0], stock["padded"][1][0]):
@@ -228,6 +231,22 @@ def _checks(b: Bench, row: MethodRow, figures: dict[str, float]) -> str:
 
 
 Trace = tuple[Tensor, Tensor, Tensor]
+
+
+def _acts(figures: dict[str, float]) -> bool:
+    return figures["effect"] > 0 or figures["edited"] > 0
+
+
+def _search(b: Bench, method: Method, figures: dict[str, float]) -> None:
+    """Other prompts, for methods that act where they find a sink or a head above a threshold."""
+    for seed in range(20, 28):
+        inputs = b.specimen.inputs([dataclasses.replace(b.rows["single"][0], seed=seed, after=20)])
+        stock = trace(b.model, inputs, 2)
+        with b.attached(method) as session:
+            figures["effect"] = _effect(trace(b.model, inputs, 2), stock)
+            figures["edited"] = float(sum(session.last.edited.values()))
+        if _acts(figures):
+            return
 
 
 def _effect(changed: Trace, stock: Trace) -> float:
@@ -250,7 +269,7 @@ def _judge(row: MethodRow, figures: dict[str, float]) -> str:
         if name.startswith("neutral") and not value <= TOLERANCE:
             return f"{name}: {value:.1e} instead of at most {TOLERANCE:.0e}"
     changes_nothing = row.stage in ("read", "refine")
-    if not changes_nothing and not (figures["effect"] > 0 or figures["edited"] > 0):
+    if not changes_nothing and not _acts(figures):
         return "at its default strength the method changes nothing"
     if changes_nothing and figures.get("effect", 0.0) > TOLERANCE:
         return f"a method that must change nothing changes logits by {figures['effect']:.1e}"
