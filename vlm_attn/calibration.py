@@ -7,6 +7,7 @@ checkpoints a folder of pictures that the caller keeps apart from every evaluati
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from scipy import optimize
 from torch import Tensor
 
 from . import profiles, pruning, selection
+from .calibration_heads import By, gaze_layers, questions, search
 from .images import load_image
 from .profiles import Profile
 from .readouts.recorder import Recorder
@@ -47,17 +49,21 @@ def calibrate(
     images: Path | None = None,
     layer: int = 1,
     weak_sinks: bool = False,
+    by: By = "accuracy",
 ) -> dict[str, Any]:
     """Measures the per-checkpoint data of methods and writes the profile.
 
     Args:
         vlm: the wrapped checkpoint; its pipeline is suspended meanwhile.
-        what: method names (``"var"``: sink dimensions; ``"fastv"``: positional trend); empty = all of them.
-        n: pictures to use (sinks: 32, trend: 256 by default).
+        what: method names (``"var"``: sink dimensions; ``"fastv"``: positional trend; ``"gift"``: layer of the map;
+            ``"act"``, ``"zerotuning"``, ``"head_gate"``, ``"adhh"``: head searches, which ask every question once per
+            head); empty = the first two.
+        n: pictures to use (sinks: 32, trend: 256, gaze: 16, head searches: 96 questions by default).
         out: profile file; by default the one ``wrap`` looks for.
         images: folder of pictures; not needed for the bundled model.
         layer: decoder layer whose attention the trend is fitted on (FastV's K - 1).
         weak_sinks: where no sink dimension qualifies, record the strongest two and say so, instead of raising.
+        by: what ``"zerotuning"`` profiles heads by: accuracy, or the entropy of the answer's distribution.
 
     Returns:
         ``{"profile": path, "entries": measured records}``.
@@ -65,9 +71,15 @@ def calibrate(
     Raises:
         ValueError: unknown method, no pictures, or a checkpoint without the property that a method needs.
     """
+
+    def heads(name: str) -> tuple[str, dict[str, Any]]:
+        return name, search(vlm, name, questions(vlm, n or 96, images), by)
+
     known: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         "var": lambda: ("sinks", sinks(vlm, _pairs(vlm, n or 32, images), weak_sinks)),
         "fastv": lambda: (f"trend:{RowScore(layer).id}", trend(vlm, _pairs(vlm, n or 256, images), layer)),
+        "gift": lambda: ("gift", gaze_layers(vlm, _pairs(vlm, n or 16, images))),
+        **{name: functools.partial(heads, name) for name in ("act", "zerotuning", "head_gate", "adhh")},
     }
     for name in what:
         if name not in known:
@@ -75,7 +87,7 @@ def calibrate(
                 f"'{name}' needs no calibration{closest(name, tuple(known))} (calibrated: {', '.join(known)})"
             )
     session = vlm._live()
-    measured = dict(known[name]() for name in (what or known))
+    measured = dict(known[name]() for name in (what or ("var", "fastv")))
     checkpoint = session.info.checkpoint
     path = out or profiles.user_file(checkpoint or "unnamed")
     name = profiles.public_name(checkpoint)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -282,7 +282,9 @@ app.command()(score)
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="'scenes', a checkpoint folder or a hub id.")],
-    for_: Annotated[list[str] | None, typer.Option("--for", help="Method; repeat for more. Default: all.")] = None,
+    for_: Annotated[
+        list[str] | None, typer.Option("--for", help="Method; repeat for more. Default: var, fastv.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of pictures that are in no evaluation set.")] = None,
     n: Annotated[int | None, typer.Option("-n", min=1, help="Pictures to calibrate on.")] = None,
     layer: Annotated[
@@ -291,6 +293,10 @@ def calibrate(
     weak_sinks: Annotated[
         bool, typer.Option(help="Record the strongest dimensions even if they are no sinks.")
     ] = False,
+    by: Annotated[
+        Literal["accuracy", "entropy"],
+        typer.Option(help="What zerotuning profiles its heads by: accuracy or entropy."),
+    ] = "accuracy",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Profile file to write.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -301,7 +307,7 @@ def calibrate(
         vlm = vlm_attn.wrap(model)
         try:
             result = calibration.calibrate(
-                vlm, for_ or (), n=n, out=output, images=images, layer=layer, weak_sinks=weak_sinks
+                vlm, for_ or (), n=n, out=output, images=images, layer=layer, weak_sinks=weak_sinks, by=by
             )
         finally:
             vlm.close()

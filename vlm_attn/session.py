@@ -24,6 +24,7 @@ from .contrast import ContrastProcessor
 from .edits import Edits
 from .encoder import EncoderReader
 from .errors import AttachError, UnsupportedError
+from .explain import Explanation, explain
 from .families import resolve
 from .families.base import KINDS
 from .guards import check_generate
@@ -159,6 +160,10 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+    def explain(self) -> Explanation:
+        """Per layer, what will run and why; ``print(session.explain())`` shows a table."""
+        return explain(self)
 
     @property
     def last(self) -> Request:
