@@ -30,6 +30,7 @@ class Row:
         reference: dense reference for (model, parameters, session facts, row of the batch), if it acts on logits.
         acts_on: "logits" (raw), "scores" (after the decode stage), "picture" (before the processor) or "nothing".
         pictures: pictures a prompt must have for the method to act.
+        generates_only: acts inside `generate` alone, and without beams.
     """
 
     default: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Row:
     reference: Reference | None = None
     acts_on: str = "logits"
     pictures: int = 1
+    generates_only: bool = False
 
     @property
     def batch(self) -> models.Batch:
@@ -174,6 +176,16 @@ MATRIX: dict[str, Row] = {
             {**GIFT, "saliency_layer": 1, "enhance_layers": [1], "beta": None, "head_fraction": 0.3},
         ),
         reference=lambda model, params, last, row: edits_rows.Gift(model, **params),
+    ),
+    # in the first layer of the tiny models several heads see text alone, so that a choice among them is a tie
+    "ilvad": Row(
+        default={"tau": 2.0, "first_layer": 1},
+        variants=(
+            {"tau": 2.0, "first_layer": 1},
+            {"tau": 2.0, "beta": 0.3, "draft": 4, "alpha": 2.0, "first_layer": 1, "end_layer": 4, "prompt_row": False},
+        ),
+        reference=lambda model, params, last, row: edits_rows.Ilvad(model, **params),
+        generates_only=True,
     ),
     "sofa": Row(
         variants=({}, {"mode": "output", "sigma": 0.7, "layer_stride": 1}, {"intra_image": True, "sigma": 1.0}),

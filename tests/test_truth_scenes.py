@@ -56,7 +56,7 @@ def parameters(name: str, vlm: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", TENSOR_METHODS)
 def test_logits_are_the_references(shipped: Any, name: str, question: str) -> None:
     known = parameters(name, shipped)
-    sample = prompt(shipped, 3, question)
+    sample = prompt(shipped, 4 if name == "gift" else 3, question)  # on scene 3 two heads tie for gift
     tokens, logits, _ = greedy(shipped.model, sample.inputs())
     last = shipped.session.last
     shipped.set_method(None)
@@ -79,7 +79,7 @@ def test_contrast_is_the_reference(shipped: Any) -> None:
     assert distance(scores[:, 0], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(MATRIX) if MATRIX[n].acts_on == "logits"])
+@pytest.mark.parametrize("name", [n for n, r in sorted(MATRIX.items()) if (r.acts_on, r.pictures) == ("logits", 1)])
 def test_default_strength_acts(shipped: Any, name: str) -> None:
     sample = prompt(shipped, 5, QUESTIONS[0])
     shipped.set_method(None)

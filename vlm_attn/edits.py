@@ -11,6 +11,7 @@ from torch import Tensor
 from .attention import columns, soft
 from .attention.call import Call, RowMap, Run, fused_inputs
 from .attention.plans import Gated, Labelled, Remembered, edit_decode, edit_rows
+from .draft import Drafted
 from .errors import UnsupportedError
 from .request import Request
 from .stages import (
@@ -68,6 +69,21 @@ class Edits:
     def encoder_scores(self) -> tuple[EncoderScore, ...]:
         """Readings of the vision encoder that some edit needs."""
         return tuple(dict.fromkeys(score for _, m in self.all for score in m.encoder_scores))
+
+    @property
+    def drafting(self) -> tuple[int, RowEdit] | None:
+        """The edit that wants a draft, with its place in the pipeline."""
+        return next(((i, m) for i, m in self.rows if m.draft_tokens), None)
+
+    def remember_draft(self, drafted: Drafted | None, request: Request) -> None:
+        """Hands the draft to the edit that wanted it."""
+        if self.drafting is None:
+            return
+        i, edit = self.drafting
+        if drafted is None:
+            raise UnsupportedError(f"{edit.name} drafts inside generate(): call model.generate or vlm.ask")
+        view = self._view(edit, 0, None, request)
+        request.memory[i] = edit.read_draft(view, drafted.of(request.tokens.batch))
 
     @property
     def reads_ahead(self) -> int | None:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
-from . import probe, profiles, pruning, words
+from . import draft, probe, profiles, pruning, words
 from .attention import interface
 from .attention.call import Call
 from .capture import Capture, brings_media, by_name
@@ -90,6 +90,7 @@ class Session:
         self.refined = False
         self.recorder: Recorder | None = None
         self._suspended = 0
+        self._drafted: draft.Drafted | None = None
         self._positions_given = True
         self._dry: int | None = None
         self.capture = Capture(self.family)
@@ -204,6 +205,10 @@ class Session:
             if self._suspended:
                 return original(*args, **kwargs)
             kwargs = check_generate(self, args, kwargs)
+            self._drafted = None
+            if self.edits.drafting is not None:
+                i, edit = self.edits.drafting
+                self._drafted = draft.run(self, edit, self.edits.layers[i], original, args, kwargs)
             if self.contrast is None or not self.contrast.active:
                 return self.capture.generate(original, args, kwargs)
             branch = ContrastProcessor(self, self.contrast)
@@ -277,6 +282,8 @@ class Session:
         if self.edits.wants_words:
             names = ", ".join(m.name for m in self.methods if isinstance(m, Edit) and m.wants_words)
             request.words = words.roles(self.processor, ids, tokens, names)
+        self.edits.remember_draft(self._drafted, request)
+        self._drafted = None
         self.request = request
         if self.edits.text_stream_layers:
             request.text = TextStream(self, ids, mask, self.edits.paired)

@@ -18,6 +18,7 @@ from .contract import STAGES, Method, ModelInfo, check_layer, field_names, metho
 from .sites import Merged, PruneView, Site
 from .sites import RowScore as RowScore
 from .stages_edit import (
+    Draft,
     Edit,
     EditView,
     EncoderScore,
@@ -134,6 +135,7 @@ __all__ = [
     "STAGES",
     "AnyMethod",
     "Contrast",
+    "Draft",
     "Edit",
     "EditView",
     "EncoderScore",

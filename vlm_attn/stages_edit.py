@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -137,6 +137,23 @@ class SoftMask(Edit):
         raise TypeError(f"{type(self).__name__} does not implement pairs()")
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What a draft showed, in positions of the prompt.
+
+    Attributes:
+        steps: per layer, fp32 ``[T, B, N]`` what :meth:`RowEdit.glance` kept of each draft step.
+        rows: per layer, fp32 ``[B, R, N]`` head-mean weights of the prompt's text rows behind the first visual token.
+        index: int64 ``[R]``, positions of these rows.
+        counted: bool ``[T, B]``, steps before the end of each sample's draft.
+    """
+
+    steps: Mapping[int, Tensor]
+    rows: Mapping[int, Tensor]
+    index: Tensor
+    counted: Tensor
+
+
 class RowEdit(Edit):
     """Rewrites the weights of the last row of every forward, all heads of a layer at once, after the softmax.
 
@@ -161,7 +178,20 @@ class RowEdit(Edit):
         """
         raise TypeError(f"{type(self).__name__} does not implement read()")
 
-    def edit(self, weights: Tensor, view: EditView, memory: Tensor | None) -> Tensor:
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens to draft before the answer, with everything switched off; 0 = no draft."""
+        return 0
+
+    def glance(self, weights: Tensor, vis: Tensor) -> Tensor:
+        """fp32 ``[B, N]``: what to keep of one draft step and layer, from weights ``[B, H, N]`` on the prompt."""
+        raise TypeError(f"{type(self).__name__} does not implement glance()")
+
+    def read_draft(self, view: EditView, draft: Draft) -> Any:
+        """What the edit must remember of the draft; it may be updated by :meth:`edit`."""
+        raise TypeError(f"{type(self).__name__} does not implement read_draft()")
+
+    def edit(self, weights: Tensor, view: EditView, memory: Any) -> Tensor:
         """fp32 ``[B, H, N]`` weights of the last row after the edit; samples without an image are left alone."""
         raise TypeError(f"{type(self).__name__} does not implement edit()")
 

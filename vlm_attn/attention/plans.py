@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Remembered:
 
     edit: RowEdit
     view: EditView
-    memory: Tensor | None
+    memory: Any
 
     def apply(self, weights: Tensor, active: Tensor) -> Tensor:
         """The weights ``[B, H, 1, N]`` of the last row after the edit, where ``active [B, 1, 1, 1]``."""
