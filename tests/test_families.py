@@ -77,7 +77,7 @@ def test_words_beside_pictures(family: str, name: str) -> None:
         for row, sample in enumerate(samples):
             apart, answers = scores_alone(model, family, sample, together[row])
             assert answers
-            assert apart <= 4e-5, row
+            assert apart <= 1e-4, row
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the processors themselves
@@ -99,7 +99,7 @@ def test_video(family: str, name: str) -> None:
     # Some processors lay frames out as pictures, which is what the model sees.
     assert layout.video or layouts == clip.frames
     assert (distance(scores, stock) <= 1e-5) == (name == "noop")
-    assert distance(mixed[0], scores[0, 0]) <= 4e-5
+    assert distance(mixed[0], scores[0, 0]) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

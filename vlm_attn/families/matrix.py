@@ -131,8 +131,8 @@ def document(data: dict[str, Any]) -> str:
             refusals = sorted({general(c["detail"], name, stages) for c in mine if c["status"] == "refused"})
             notes = "".join(f"[{reasons.setdefault(reason, len(reasons) + 1)}]" for reason in refusals)
             statuses = {c["status"] for c in mine}
-            worst = next((s for s in ("failed", "refused", "executed") if s in statuses), "refused")
-            marks.append(MARKS[worst] + notes)
+            mark = next((s for s in ("failed", "executed") if s in statuses), "refused")
+            marks.append(MARKS[mark] + notes)
         lines.append(f"| {family} | " + " | ".join(marks) + " |")
     total = sum(counts.values())
     head = [
@@ -149,7 +149,7 @@ def document(data: dict[str, Any]) -> str:
         + ", ".join(f"{counts[s]} {s}" for s in MARKS)
         + ".",
         "",
-        "✓ executed, – refused (reason below), ✗ failed",
+        "✓ executed (with a note: not with every backend), – refused (reason below), ✗ failed",
         "",
     ]
     tail = ["", *(f"[{number}] {reason}\n" for reason, number in reasons.items())]
