@@ -2,7 +2,8 @@
 
 A profile is one JSON file. ``wrap`` and ``attach`` look for it, in this order, in the checkpoint's own folder
 (``vlm_attn_profile.json``) and in the user's profile folder (``VLM_ATTN_PROFILES`` or
-``~/.cache/vlm_attn/profiles``), named after the checkpoint. ``vlm-attn calibrate`` writes it.
+``~/.cache/vlm_attn/profiles``), named after the checkpoint. ``vlm-attn calibrate`` writes it. Behind both stand the
+values that authors published for a checkpoint of exactly this name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .errors import MissingProfileError
 
 BUNDLED = {"scenes": Path(__file__).parent / "scenes" / "checkpoint"}
 """Checkpoints that ship with the package, by the name users give them."""
+PUBLISHED = Path(__file__).with_name("published.json")
 FILE_NAME = "vlm_attn_profile.json"
 FORMAT = 1
 
@@ -108,13 +110,19 @@ class Profile:
         return cls(str(data.get("checkpoint", "")), signature, data["entries"])
 
 
+def published(checkpoint: str) -> dict[str, Any]:
+    """What authors published for this very checkpoint (``published.json``); empty for any other."""
+    found = json.loads(PUBLISHED.read_text(encoding="utf-8")).get(checkpoint, {})
+    return dict(found) if isinstance(found, dict) else {}
+
+
 def find(checkpoint: str, signature: dict[str, Any]) -> Profile:
     """The profile of a checkpoint; an empty one when none was calibrated (methods that need data then raise)."""
     folder = Path(checkpoint) if checkpoint else None
     candidates = [folder / FILE_NAME] if folder is not None and folder.is_dir() else []
     if checkpoint:
         candidates.insert(0, user_file(checkpoint))
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = published(checkpoint)
     for path in reversed(candidates):
         if path.is_file():
             entries.update(Profile.load(path, signature).entries)
