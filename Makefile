@@ -43,7 +43,7 @@ quickstart: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/vlm-attn eval $(CONFIG)
 
 test: $(STAMP)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub" $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub and not browser" $(PYTEST_ARGS)
 
 test-browser: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser

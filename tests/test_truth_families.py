@@ -67,7 +67,8 @@ def test_unwrapped(case: str) -> None:
 @pytest.mark.parametrize("params", [{}, {"layer": 1, "keep": 2}, {"layer": 3, "keep": 0.25}], ids=str)
 def test_fastv(case: str, params: dict[str, Any]) -> None:
     last, tokens, logits, _ = attached(case, vlm_attn.method("fastv", **params))
-    dense = reference.FastV(model_of(SAMPLES[case][0]), per_picture(case), **params)
+    row_ends = last.tokens.vis[0] & (last.tokens.frame[0] < 0)  # their places are tested in test_family_tiles.py
+    dense = reference.FastV(model_of(SAMPLES[case][0]), per_picture(case), row_ends, **params)
     assert distance(logits, dense.answer(inputs_of(case), tokens)) <= TOLERANCE
     assert dense.kept is not None
     assert last.kept(dense.layer)[0].tolist() == torch.cat(dense.kept).tolist()

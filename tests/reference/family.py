@@ -112,11 +112,13 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 class FastV(OnModel, pruning.Masked):
-    """Per picture, the visual tokens to which the last prompt row attends most in layer K - 1."""
+    """Per picture, the visual tokens to which the last prompt row attends most in layer K - 1; row ends stay."""
 
-    def __init__(self, model: Any, per_picture: list[int], layer: int = 2, keep: float = 0.5) -> None:
+    def __init__(
+        self, model: Any, per_picture: list[int], row_ends: Tensor, layer: int = 2, keep: float = 0.5
+    ) -> None:
         OnModel.__init__(self, model)
-        self.per_picture, self.layer, self.keep = per_picture, layer, keep
+        self.per_picture, self.row_ends, self.layer, self.keep = per_picture, row_ends, layer, keep
 
     def begin(self, inputs: dict[str, Tensor]) -> None:
         """Nothing is dropped yet."""
@@ -128,8 +130,10 @@ class FastV(OnModel, pruning.Masked):
             row = weights[:, -1].mean(0)
             kept = []
             for positions in self.visual.nonzero()[:, 0].split(self.per_picture):
-                order = sorted(range(len(positions)), key=lambda i: (-float(row[positions[i]]), i))
-                kept.append(positions[sorted(order[: pruning.budget(self.keep, len(positions))])])
+                ends = [i for i in range(len(positions)) if self.row_ends[positions[i]]]
+                cells = [i for i in range(len(positions)) if i not in ends]
+                order = sorted(cells, key=lambda i: (-float(row[positions[i]]), i))
+                kept.append(positions[sorted(ends + order[: pruning.budget(self.keep, len(cells))])])
             self.kept = kept
             self._drop(self.visual, kept)
         return weights
@@ -169,6 +173,7 @@ class Vhr(OnModel, edits.Vhr):
     def __init__(self, model: Any, text_inputs: dict[str, Tensor], alpha: float = 2.0) -> None:
         OnModel.__init__(self, model)
         self.text_inputs, self.alpha, self.filter_outliers = text_inputs, alpha, True
+        self.paired, self.squared = False, False
         self.layers = set(range(self.depth - max(1, round(14 * self.depth / 32)), self.depth)) | {1}
 
     def begin(self, inputs: dict[str, Tensor]) -> None:
