@@ -17,7 +17,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRA
 help:
 	@echo "make quickstart  install, run $(CONFIG), print the table and where the report lies"
 	@echo "make test        the whole test suite on the CPU, without network"
-	@echo "make test-browser  of these, only the visit of the demo page in chromium"
+	@echo "make test-browser  the visit of the demo page in chromium"
 	@echo "make test-matrix every method on every model family and backend; rewrites docs/support.md"
 	@echo "make test-oldest the family tests with the oldest supported transformers"
 	@echo "make test-gpu    the tests that need a CUDA device"

@@ -52,6 +52,7 @@ def test_the_wheel_would_hold_what_the_package_needs() -> None:
         "vlm_attn",
         "methods/vlm_attn_methods",
         "demo_app/vlm_attn_demo",
+        "kernels/vlm_attn_kernels",
         "eval_configs",
     }
     assert (ROOT / "vlm_attn" / "py.typed").exists() and PROJECT["project"]["version"] == vlm_attn.__version__
