@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests import models
 from tests.reference import kit as loops
 from tests.reference import kit_select as literal
 from tests.reference import pruning_encoder as encoder
@@ -18,19 +17,32 @@ from tests.reference.llava import Dense
 Choice = Callable[[Tensor, int, Tensor], list[int]]
 
 
+def carried(model: Any, layers: Sequence[int], lowest: int = 1) -> list[int]:
+    """Layers of a 32-layer model at the same share of this one's depth, no two of them the same."""
+    depth, out = len(model.get_decoder().layers), []
+    for layer in layers:
+        number = max(round(layer / 32 * depth), lowest)
+        while number in out:
+            number += 1
+        out.append(number)
+    return out
+
+
 def pyramiddrop(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
-    """Own selection; 8, 16, 24 of 32 layers are 1, 2, 3 of 4."""
-    return stages.PyramidDrop(model, **{"layers": (1, 2, 3), **params})
+    """Own selection."""
+    return stages.PyramidDrop(model, **{"layers": carried(model, (8, 16, 24)), **params})
 
 
 def himap(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
     """Own selection."""
-    return stages.HiMAP(model, **{"layers": (1, 2), **params})
+    return stages.HiMAP(model, **{"layers": carried(model, (2, 8)), **params})
 
 
 def feather(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
     """Own selection."""
-    return stages.Feather(model, **{"layers": (1, 2), "side": models.GRID, **params})
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size
+    return stages.Feather(model, **{"layers": carried(model, (8, 16)), "side": side, **params})
 
 
 def sparsevlm(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
@@ -39,7 +51,7 @@ def sparsevlm(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
     version = params.get("version", "1.5")
     keep = [count / 576 for count in lists[version][params.get("budget", 192)]]
     given = {k: v for k, v in params.items() if k != "budget"}
-    return stages.SparseVLM(model, **{"layers": (0, 1, 2), "keep": keep, **given})
+    return stages.SparseVLM(model, **{"layers": carried(model, (2, 6, 15), 0), "keep": keep, **given})
 
 
 def one_cut(choose: Choice, **defaults: Any) -> Callable[..., Dense]:
