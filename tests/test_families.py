@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor
+from transformers import AutoProcessor
 
 import vlm_attn
 from tests.conftest import FLEX
@@ -16,6 +17,7 @@ from vlm_attn.errors import AttachError, UnsupportedError
 from vlm_attn.families import ADAPTERS, UNSUPPORTED, checks
 from vlm_attn.families.checks import bench, check, distance, trace
 from vlm_attn.families.zoo import SPECIMENS, Sample
+from vlm_attn.profiles import BUNDLED
 
 ROWS = {row.name: row for row in vlm_attn.methods()}
 ONE_PER_STAGE = ("fastv", "random_prune", "var", "vhr", "vcd")
@@ -199,6 +201,19 @@ def test_renamed_part_is_named(part: str) -> None:
     delattr(owner, part)
     with pytest.raises(AttachError, match=part):
         vlm_attn.attach(model, "noop")
+
+
+def test_wrong_processor_is_named() -> None:
+    model, own = SPECIMENS["qwen2_5_vl"].build(), SPECIMENS["qwen2_5_vl"].processor()
+    other = AutoProcessor.from_pretrained(BUNDLED["scenes"])  # its tokenizer has a word at the model's placeholder id
+    for processor, message in (
+        (other, r"LlavaProcessor.*does not belong to the model \(qwen2_5_vl\): token 99"),
+        (own.tokenizer, "a tokenizer alone"),
+        (own.image_processor, "an image processor alone"),
+    ):
+        with pytest.raises(AttachError, match=message):
+            vlm_attn.wrap(model, "noop", processor=processor)
+    vlm_attn.wrap(model, "noop", processor=own).close()
 
 
 @pytest.mark.parametrize("family", sorted(UNSUPPORTED))

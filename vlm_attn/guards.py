@@ -5,12 +5,42 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import BaseImageProcessor, DynamicCache, PreTrainedTokenizerBase, StaticCache
 
-from .errors import UnsupportedError
+from .errors import AttachError, UnsupportedError
 
 if TYPE_CHECKING:
+    from .families import Family
     from .session import Session
+
+
+def check_processor(family: Family, processor: Any) -> Any:
+    """Checks that a processor belongs to the model and returns it unchanged (None is none).
+
+    The model's image placeholder must be an id that the processor's tokenizer lists beside its words, as special or
+    added token: for the tokenizer of another model the same id is a word, or nothing.
+
+    Raises:
+        AttachError: half a processor, or the processor of another model.
+    """
+    if isinstance(processor, PreTrainedTokenizerBase | BaseImageProcessor):
+        half = "a tokenizer" if isinstance(processor, PreTrainedTokenizerBase) else "an image processor"
+        raise AttachError(
+            f"{type(processor).__name__} is {half} alone: pass the whole processor, "
+            "AutoProcessor.from_pretrained(...) of the same checkpoint"
+        )
+    tokenizer = getattr(processor, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return processor
+    image = family.placeholders["image"]
+    claimed = {getattr(processor, "image_token_id", None), *getattr(processor, "image_token_ids", ())}
+    if image not in claimed | set(tokenizer.get_added_vocab().values()) | set(tokenizer.all_special_ids):
+        raise AttachError(
+            f"the processor ({type(processor).__name__}) does not belong to the model ({family.name}): token {image}, "
+            "the model's image placeholder, is no special token of its tokenizer; load it with "
+            "AutoProcessor.from_pretrained(...) of the same checkpoint"
+        )
+    return processor
 
 
 def check_generate(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .errors import AttachError, UnsupportedError
 from .explain import Explanation, explain
 from .families import resolve
 from .families.base import KINDS
-from .guards import check_generate
+from .guards import check_generate, check_processor
 from .installation import Installation
 from .profiles import Profile
 from .pruner import Pruner
@@ -60,7 +60,7 @@ def attach(model: Any, method: MethodLike = None, processor: Any = None, *, prof
         profile: per-checkpoint data; by default the one found for the checkpoint's name.
 
     Raises:
-        AttachError: not a supported vision-language model, or a session is attached already.
+        AttachError: not a supported vision-language model, another model's processor, or attached already.
         ValueError: unknown method, or parameters that do not fit the model.
         MissingProfileError: a method needs per-checkpoint data that was never calibrated.
     """
@@ -72,7 +72,7 @@ class Session:
 
     def __init__(self, model: Any, method: MethodLike, processor: Any = None, *, profile: Profile | None = None):
         self.family = resolve(model)
-        self.model, self.processor = model, processor
+        self.model, self.processor = model, check_processor(self.family, processor)
         self.info = self.family.info()
         self.profile = profile or profiles.find(self.info.checkpoint, self.info.signature)
         self.methods: tuple[Method, ...] = tuple(m.resolve(self.info, self.profile) for m in pipeline(method))
@@ -190,13 +190,13 @@ class Session:
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[Recorder]:
         """Inside, ``recorder`` receives attention rows; nothing else changes."""
-        if self.recorder is not None:
+        if self.recorder is not None and not self._suspended:
             raise ValueError("a recording is under way in this session already")
-        self.recorder = recorder
+        before, self.recorder = self.recorder, recorder
         try:
             yield recorder
         finally:
-            self.recorder = None
+            self.recorder = before
 
     # ------------------------------------------------------------------------------------------------ model hooks
 
