@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from . import readouts
 from .families import Family
 from .images import ImageLike, load_image
 from .profiles import BUNDLED, Profile
 from .readouts.maps import ModelProbe, attention_map, contrast_map
+from .readouts.reader import read
+from .readouts.record import DEFAULT, Record
+from .readouts.stats import request_stats
 from .recipe import MethodLike, dump
 from .session import Session, attach, lock_of
 from .stages import Method
@@ -160,11 +162,34 @@ class VLM:
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
             new = sequences[0, inputs["input_ids"].shape[1] :].tolist()
             answer = self.processor.decode(new, skip_special_tokens=True).strip()
-            stats = readouts.request_stats(session.last, session.info.layers, len(new), total)
+            stats = request_stats(session.last, session.info.layers, len(new), total)
             if session.refine is not None:
                 stats["times"]["refine_s"] = refine_s
                 stats["images"] = len(pictures)
         return Answer(answer, new, stats)
+
+    def read(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None,
+        text: str,
+        what: Sequence[str] | str = DEFAULT,
+        **generate_kwargs: Any,
+    ) -> Record:
+        """Asks one question and returns what the model attended to meanwhile, the pipeline attached.
+
+        Args:
+            image, text: as for :meth:`ask`.
+            what: readouts (``vlm_attn.readouts.WHAT``).
+            generate_kwargs: anything ``generate`` takes; greedy with at most 32 new tokens by default.
+        """
+        session = self._live()
+        with lock_of(self.model), _refined(session):
+            pictures, text = self.refine(image, text) if image is not None else ([], text)
+            session.image_sizes = [[p.size for p in pictures]]
+            try:
+                return read(session, self.inputs(pictures, text), what, **generate_kwargs)[0]
+            finally:
+                session.image_sizes = None
 
     def generate(self, **inputs: Any) -> Any:
         """``model.generate`` with the pipeline attached: Hugging Face semantics, unchanged."""

@@ -22,6 +22,7 @@ class Evidence:
     map: Tensor
     prompt: Tensor
     generated: Tensor
+    newest: tuple[int, int] | None = None
 
     def seen(self, view: EditView) -> Tensor:
         """``[B, n]`` at a layer's slots."""
@@ -119,7 +120,9 @@ class ILVAD(RowEdit):
         if generated:
             missing = generated - memory.generated.shape[1]
             memory.generated = torch.nn.functional.pad(memory.generated, (0, missing))
-            memory.generated[:, -1] += (weights * evidence).sum(-1).mean(1)
+            if memory.newest != (view.layer, generated):  # a row that is asked for twice looked once
+                memory.generated[:, -1] += (weights * evidence).sum(-1).mean(1)
+            memory.newest = view.layer, generated
         behind = view.tokens.qry | (view.tokens.index >= view.prompt.length)
         looked = memory.seen(view)
         low = looked.masked_fill(~behind, float("inf")).amin(1, keepdim=True)

@@ -1,36 +1,39 @@
-"""Measure only: readouts never change what the model computes."""
+"""Measure only: readouts never change what the model computes.
+
+``read(session, inputs, what)`` generates and gives a :class:`Record` per sample; ``vlm.read(image, text, what)`` does
+the same for one question. Importing this package is light.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ..request import Request
+if TYPE_CHECKING:
+    from .plots import plot
+    from .reader import read
+    from .record import DEFAULT, SEGMENTS, WHAT, Record, Sink
+    from .stats import request_stats
+
+__all__ = ["DEFAULT", "SEGMENTS", "WHAT", "Record", "Sink", "plot", "read", "request_stats"]
+
+_HOME = {
+    "DEFAULT": "record",
+    "Record": "record",
+    "SEGMENTS": "record",
+    "Sink": "record",
+    "WHAT": "record",
+    "plot": "plots",
+    "read": "reader",
+    "request_stats": "stats",
+}
 
 
-def request_stats(request: Request, layers: int, new_tokens: int, total_s: float) -> dict[str, Any]:
-    """Plain-data statistics of a single-sample request (see :class:`vlm_attn.wrap.Answer`)."""
-    tokens = request.tokens
-    per_layer = request.kept_per_layer(layers)[0]
-    times = {**request.times, "total_s": total_s}
-    spent = times.get("encode_s", 0.0) + times.get("prefill_s", 0.0) + times.get("text_stream_s", 0.0)
-    times["decode_s_per_token"] = max(total_s - spent, 0.0) / max(new_tokens, 1)
-    last = request.stages[-1].tokens if request.stages else None
-    cells = None
-    if last is not None:
-        cells = [
-            [tuple(c) for c in last.cell[0][last.vis[0] & (last.img_id[0] == image)].tolist()]
-            for image in range(tokens.images(0))
-        ]
-    return {
-        "times": times,
-        "visual_tokens": int(tokens.vis[0].sum()),
-        "kept_tokens": {
-            "mean": float(per_layer.float().mean()),
-            "last": int(per_layer[-1]),
-            "stages": {stage.layer: int(stage.tokens.vis[0].sum()) for stage in request.stages},
-        },
-        "kept_cells": cells,
-        "grid": list(tokens.grids[0]),
-        "edited_heads": dict(request.edited),
-        "new_tokens": new_tokens,
-    }
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vlm_attn.readouts' has no attribute {name!r}")
+    return getattr(import_module(f"vlm_attn.readouts.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
