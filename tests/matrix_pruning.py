@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.reference import kit as loops
 from tests.reference import kit_select as literal
 from tests.reference import pruning_encoder as encoder
+from tests.reference import pruning_inside as inside
 from tests.reference import pruning_stages as stages
 from tests.reference.llava import Dense
 
@@ -182,5 +183,21 @@ PRUNING: dict[str, dict[str, Any]] = {
     "apet": {
         "variants": ({"keep": 6, "basis": 3}, {"keep": 12, "seed": 4}, {"positions": "keep"}),
         "reference": built_by(encoder.ApET),
+    },
+    "tome": {
+        "variants": ({}, {"r": 3, "positions": "keep"}, {"keep": 9}),
+        "reference": built_by(inside.ToMe),
+    },
+    "flowcut": {
+        "variants": ({}, {"keep": 9, "positions": "keep"}),
+        "reference": built_by(inside.FlowCut),
+    },
+    "illava": {
+        "variants": ({}, {"encoder_layers": [1], "encoder_drop": 6, "layer": 2, "keep": 5}, {"encoder_drop": 0}),
+        "reference": built_by(inside.ILLaVA),
+    },
+    "spatten": {
+        "variants": ({}, {"layers": [1, 3], "keep": 4, "keep_heads": 0.5}, {"keep": 1.0, "keep_heads": 0.4}),
+        "reference": built_by(inside.SpAtten),
     },
 }

@@ -14,7 +14,8 @@ from .attention import interface
 from .attention.call import Call
 from .attention.rows import chunks
 from .errors import UnsupportedError
-from .stages import EncoderScore
+from .shrink import Shrinker
+from .stages import EncoderScore, Prune
 from .tokens import TokenMap
 
 
@@ -26,11 +27,13 @@ class EncoderReader:
         self.scores, self.names = tuple(scores), names
         self.taken: dict[EncoderScore, Tensor] = {}
         self.tapped: tuple[Tensor, Tensor, Tensor, float] | None = None
+        self.shrinker: Shrinker | None = None
         self.idle = not self.scores and tap is None
         if self.idle:
             return
         self.tower: Any = model.get_encoder(modality="image")
-        self.attentions = _attentions(self.tower)
+        self.config = model.config
+        self.blocks, self.attentions = _blocks(self.tower)
         if not self.attentions or not hasattr(self.tower, "set_attn_implementation"):
             raise UnsupportedError(f"{names}: the vision encoder of {type(model).__name__} shows no attention layers")
         self.layers = {score: range(len(self.attentions))[score.layer] for score in self.scores}
@@ -39,6 +42,17 @@ class EncoderReader:
         self.tap = None if tap is None else range(len(self.attentions))[tap]
         embeddings = [m for m in self.tower.modules() if hasattr(m, "class_embedding")]
         self.class_token = bool(embeddings)
+
+    def shrink(self, prune: Prune) -> None:
+        """From now on, patches leave inside the encoder as ``prune`` says."""
+        layers = len(self.blocks)
+        chosen = getattr(self.config, "vision_feature_layer", None)
+        last = max((self._output(n) for n in ([chosen] if isinstance(chosen, int) else chosen or [-1])), default=-1)
+        self.shrinker = Shrinker(prune, self.blocks, self.attentions, range(layers)[last], self.class_token)
+
+    def _output(self, state: int) -> int:
+        """The layer whose output is this one of all hidden states, of which the first is no layer's."""
+        return state - 1 if state > 0 else state + len(self.blocks) if state < 0 else 0
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -52,7 +66,8 @@ class EncoderReader:
         try:
             for module in self.attentions:
                 interface.connect(module, self)
-            yield
+            with self.shrinker.running() if self.shrinker is not None else contextlib.nullcontext():
+                yield
         finally:
             for module in self.attentions:
                 interface.disconnect(module)
@@ -80,6 +95,8 @@ class EncoderReader:
                 if score in self.taken:
                     raise UnsupportedError(f"{self.names}: this vision encoder attends in several pieces per layer")
                 self.taken[score] = self._read(call, score)
+        if self.shrinker is not None:
+            return self.shrinker.attend(base, module, query, key, value, mask, kwargs)
         return base(module, query, key, value, mask, **kwargs)
 
     def _read(self, call: Call, score: EncoderScore) -> Tensor:
@@ -136,11 +153,11 @@ class EncoderReader:
         raise ValueError(f"run {number} lies behind the last picture")
 
 
-def _attentions(tower: nn.Module) -> list[nn.Module]:
-    """Attention modules of the encoder's layers, in order."""
+def _blocks(tower: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The encoder's layers and their attention modules, in order."""
     for module in tower.modules():
         if isinstance(module, nn.ModuleList) and len(module):
             found = [getattr(layer, "self_attn", None) or getattr(layer, "attention", None) for layer in module]
             if all(isinstance(a, nn.Module) for a in found):
-                return [a for a in found if a is not None]
-    return []
+                return list(module), [a for a in found if a is not None]
+    return [], []

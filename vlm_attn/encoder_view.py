@@ -21,6 +21,7 @@ class Picture:
         scaling: factor of the logits.
         class_token: whether it has one.
         features: ``[N, d_v]``, what the projector receives.
+        alive: bool ``[N]``, patches that did not leave inside the encoder; None where none can.
     """
 
     query: Tensor
@@ -29,6 +30,7 @@ class Picture:
     scaling: float
     class_token: bool
     features: Tensor
+    alive: Tensor | None = None
 
     @property
     def attention(self) -> Tensor:
@@ -38,6 +40,11 @@ class Picture:
         if self.class_token:
             return attention_row(self.query[:, 0], self.key, self.scaling)[:, 1:]
         return torch.stack([received_attention(q[None], k[None], self.scaling) for q, k in zip(self.query, self.key)])
+
+    @property
+    def received(self) -> Tensor:
+        """Attention that each patch receives, mean over heads and queries, fp32 ``[N]``."""
+        return received_attention(self.query, self.key, self.scaling)[int(self.class_token) :]
 
     @property
     def keys(self) -> Tensor:
@@ -63,6 +70,7 @@ class EncoderView:
         features: ``[P, N, d_v]``.
         pictures: per sample, per image: which of the ``P`` it is.
         projector: the module that maps features to the language model's width.
+        alive: bool ``[P, N]``, patches that did not leave inside the encoder; None where none can.
     """
 
     tapped: tuple[Tensor, Tensor, Tensor, float]
@@ -70,12 +78,16 @@ class EncoderView:
     pictures: tuple[tuple[int, ...], ...]
     class_token: bool
     projector: nn.Module
+    alive: Tensor | None = None
 
     def picture(self, row: int, image: int) -> Picture:
         """One picture of one sample."""
         number = self.pictures[row][image]
         query, key, value, scaling = self.tapped
-        return Picture(query[number], key[number], value[number], scaling, self.class_token, self.features[number])
+        alive = None if self.alive is None else self.alive[number]
+        return Picture(
+            query[number], key[number], value[number], scaling, self.class_token, self.features[number], alive
+        )
 
     def project(self, features: Tensor) -> Tensor:
         """The projector on ``[..., d_v]``, computed and returned in fp32."""
@@ -90,6 +102,7 @@ def encoder_view(
     projector: nn.Module,
     tokens: TokenMap,
     name: str,
+    alive: Tensor | None = None,
 ) -> EncoderView:
     """Builds the view and checks that visual tokens are the encoder's patches.
 
@@ -112,4 +125,4 @@ def encoder_view(
         mine = tuple(range(start, start + tokens.images(row)))
         pictures += [mine] * times
         start += len(mine)
-    return EncoderView(tapped, features, tuple(pictures), class_token, projector)
+    return EncoderView(tapped, features, tuple(pictures), class_token, projector, alive)

@@ -20,7 +20,7 @@ from .request import PruneStage, Request
 from .stages import Merged, Prune, PruneView, RowScore
 from .tokens import TokenMap
 
-ENCODER = "vision encoder"
+ENCODER, LIVE = "vision encoder", "live heads"
 DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
 
 
@@ -49,6 +49,9 @@ class Pruner:
             self.projector = getattr(family.base, "multi_modal_projector", None)
             if not isinstance(self.projector, nn.Module):
                 raise UnsupportedError(f"{prune.name} on {family.name}: no projector of single patches was found")
+            if prune.shrinks is not None:
+                encoder.shrink(prune)
+        self.heads = family.info().heads
         self.readings = Readings(prune)
         self.sites = self.readings.sites
         self._visible, self._dry_run = visible, dry_run
@@ -64,8 +67,10 @@ class Pruner:
         if self.projector is not None and self.prune is not None and bool(request.tokens.vis.any()):
             features, self.projected = self.projected, None
             tapped, self.encoder.tapped = self.encoder.tapped, None
+            shrinker = self.encoder.shrinker
+            alive = None if shrinker is None else shrinker.alive
             request.notes[ENCODER] = encoder_view(
-                tapped, features, self.encoder.class_token, self.projector, request.tokens, self.prune.name
+                tapped, features, self.encoder.class_token, self.projector, request.tokens, self.prune.name, alive
             )
         cut = self._cut(0, request, embeds)
         request.notes.pop(ENCODER, None)
@@ -106,6 +111,21 @@ class Pruner:
         if scores:
             self.readings.take(scores, call, request, request.notes.pop(TABLES, None))
 
+    def cut_heads(self, number: int, x: Tensor, request: Request) -> Tensor:
+        """The ``o_proj`` input ``[B, Q, H * d]`` of a layer with the heads silenced that were cut in the prefill."""
+        if self.prune is None or not self.prune.cuts_heads:
+            return x
+        notes, here = request.notes, f"{LIVE} {number}"
+        prefill = here not in notes
+        live: Tensor | None = notes.get(LIVE) if prefill else notes[here]
+        split = x.unflatten(-1, (self.heads, -1))
+        if live is not None and not bool(live.all()):
+            split = split * live[:, None, :, None]
+        if prefill:
+            rows = request.tokens_at(number).valid
+            notes[here], notes[LIVE] = live, self.prune.live_heads(number, split, rows, notes)
+        return split.flatten(-2)
+
     def _read_ahead(
         self,
         scores: Sequence[RowScore],
@@ -143,10 +163,11 @@ class Pruner:
         tokens = request.tokens_at(number)
         visible = self._visible(tokens) if prune.wants_padding else None
         scores = request.scores.get(site.score) if site.score else None
-        if scores is not None and scores.shape != tokens.valid.shape:
+        if scores is not None and (len(scores), scores.shape[-1]) != tokens.valid.shape:
             raise ValueError(f"{prune.name}: tokens left between layer {site.score and site.score.layer} and the site")
         shown = hidden if site.hidden else None
-        view = PruneView(site, tokens, scores, visible, shown, request.notes.get(ENCODER), request.notes)
+        live = request.notes.get(f"{LIVE} {site.score.layer}") if site.score else None
+        view = PruneView(site, tokens, scores, visible, shown, request.notes.get(ENCODER), live, request.notes)
         answer = prune.keep_mask(view)
         keep = answer.keep if isinstance(answer, Merged) else answer
         if isinstance(answer, Merged) and answer.hidden is not None:

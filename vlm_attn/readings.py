@@ -81,7 +81,7 @@ class Readings:
 
 
 def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any = None) -> Tensor:
-    """One reading, fp32 ``[B, N]``.
+    """One reading, fp32 ``[B, N]``, or ``[B, H, N]`` with heads apart.
 
     Args:
         call: attention of the layer, prefill.
@@ -103,8 +103,9 @@ def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any 
     if score.heads is not None and score.heads < heads:
         best = by_rank((total * visual[:, None]).sum(-1))[:, : score.heads]
         total = total.gather(1, best[..., None].expand(*best.shape, total.shape[-1]))
-    mean = total.mean(1)
-    return mean if score.over == "sum" else mean / rows.sum(1, keepdim=True).clamp(min=1)
+    if score.over == "mean":
+        total = total / rows.sum(1).clamp(min=1)[:, None, None]
+    return total if score.per_head else total.mean(1)
 
 
 def _gain(tables: Any, rows: Tensor) -> Tensor:

@@ -309,12 +309,11 @@ class Session:
             if self.edits.reads_ahead is not None:
                 read_ahead(self, self.edits.reads_ahead, inputs or kwargs)
             return None if inputs is None else (args, inputs)
-        running = self._running
-        if running is None:
+        request = self._running
+        if request is None:
             if self._acts():
                 raise UnsupportedError("this cache was filled before the method was attached: start with a new prompt")
             return None
-        request = running
         entered = request.entered or request.tokens
         past = int(cache.get_seq_length()) if cache is not None else 0
         if past != entered.length + request.seen - request.tokens.length or (
@@ -442,8 +441,9 @@ class Session:
         if self._suspended or request is None:
             return None
         x: Tensor = args[0]
-        self.edits.choose_factors(number, x, request)
-        scaled = self.edits.scale_heads(number, x, request)
+        scaled = self.pruner.cut_heads(number, x, request)
+        self.edits.choose_factors(number, scaled, request)
+        scaled = self.edits.scale_heads(number, scaled, request)
         return None if scaled is x else ((scaled, *args[1:]), kwargs)
 
 

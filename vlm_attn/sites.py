@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .encoder_view import EncoderView
+    from .encoder_view import EncoderView, Picture
     from .tokens import TokenMap
 
 
@@ -26,6 +26,7 @@ class RowScore:
         heads: only this many heads, those whose rows put most mass on the picture; None = all.
         rope: ``on``; ``free``: before the rotary embedding, softmax over visual keys alone; ``ones``: weights divided
             by what RoPE leaves of all-ones vectors at their distance, clamped at 0.1.
+        per_head: leave the heads apart, ``[B, H, N]``.
     """
 
     layer: int
@@ -33,6 +34,7 @@ class RowScore:
     over: Literal["mean", "sum"] = "mean"
     heads: int | None = None
     rope: Literal["on", "free", "ones"] = "on"
+    per_head: bool = False
 
     @property
     def id(self) -> str:
@@ -41,6 +43,7 @@ class RowScore:
         parts += ["sum"] if self.over == "sum" else []
         parts += [f"{self.heads}_heads"] if self.heads is not None else []
         parts += [f"rope_{self.rope}"] if self.rope != "on" else []
+        parts += ["per_head"] if self.per_head else []
         return "-".join(parts)
 
 
@@ -63,10 +66,11 @@ class PruneView:
     Attributes:
         site: the site that is being decided.
         tokens: roles of the slots that reached it, ``[B, N]``.
-        scores: fp32 ``[B, N]`` reading asked for by the site, or None.
+        scores: fp32 ``[B, N]`` reading asked for by the site (``[B, H, N]`` with heads apart), or None.
         visible: bool ``[B, N]``, False at visual tokens that show only padding (None when nobody asked).
         encoder: the vision encoder at the layer that :attr:`vlm_attn.stages.Prune.encoder_layer` names, or None.
         hidden: ``[B, N, D]`` hidden states that arrive (at layer 0: projected features and text embeddings), or None.
+        heads: bool ``[B, H]``, the heads that were live in the layer that was read; None = all.
         memory: the method's own notes about this request, for methods that add up over stages.
     """
 
@@ -76,6 +80,7 @@ class PruneView:
     visible: Tensor | None
     hidden: Tensor | None = None
     encoder: EncoderView | None = None
+    heads: Tensor | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,6 +96,39 @@ class PruneView:
         if self.hidden is None:
             raise ValueError("hidden states were not asked for: Site(layer, hidden=True)")
         return self.hidden
+
+
+@dataclass(frozen=True)
+class EncoderStep:
+    """One picture after the attention of one layer of the vision encoder.
+
+    Attributes:
+        layer: encoder layer, 0-based.
+        layers: layers up to and with the one whose output are the features.
+        total: patches that the picture had.
+        picture: queries, keys and values of this layer over the ``n`` patches left; its features are their hidden
+            states ``[n, d_v]``.
+        sizes: patches that each one stands for, fp32 ``[n]``.
+        memory: the method's own notes about this picture.
+    """
+
+    layer: int
+    layers: int
+    total: int
+    picture: Picture
+    sizes: Tensor
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """Patches that stay: ascending indices ``[k]``, hidden states ``[n, d_v]`` that they shall hold and the patches
+    they stand for ``[n]`` (None = as they were). A size other than 1 adds its logarithm to the patch's logits.
+    """
+
+    keep: Tensor
+    hidden: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)

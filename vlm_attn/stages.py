@@ -8,14 +8,14 @@ from: :class:`Refine`, :class:`Prune`, :class:`Contrast`, :class:`Noop`, or one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from .contract import STAGES, Method, ModelInfo, check_layer, field_names, method_dataclass
-from .sites import Merged, PruneView, Site
+from .sites import EncoderStep, Merged, PruneView, Shrunk, Site
 from .sites import RowScore as RowScore
 from .stages_edit import (
     Draft,
@@ -81,13 +81,17 @@ class Prune(Method):
 
     ``positions``: ``keep`` leaves the survivors at their positions; ``renumber`` closes the gaps (refused by name
     where a position is more than one number). ``encoder_layer``: the layer of the vision encoder (may count from the
-    end) whose attention the method wants to see; only where visual tokens are the encoder's patches.
+    end) whose attention the method wants to see; only where visual tokens are the encoder's patches. ``shrinks``:
+    where in an encoder layer patches leave, between its attention and its MLP or at its output; what left there must
+    leave the prompt at layer 0 too. ``cuts_heads``: whether :meth:`live_heads` is asked.
     """
 
     stage = "prune"
     wants_padding: bool = False
     positions: str | None = "keep"
     encoder_layer: int | None = None
+    shrinks: Literal["attention", "output"] | None = None
+    cuts_heads: bool = False
 
     def sites(self) -> tuple[Site, ...]:
         """Sites in ascending layer order."""
@@ -100,6 +104,20 @@ class Prune(Method):
     def keep_mask(self, view: PruneView) -> Tensor | Merged:
         """bool ``[B, N]``: the visual tokens to keep (text is never dropped, whatever the mask says)."""
         raise TypeError(f"{type(self).__name__} does not implement keep_mask()")
+
+    def shrink(self, step: EncoderStep) -> Shrunk | None:
+        """What stays of one picture after one encoder layer; None = everything."""
+        raise TypeError(f"{type(self).__name__} does not implement shrink()")
+
+    def live_heads(self, layer: int, outputs: Tensor, rows: Tensor, memory: dict[str, Any]) -> Tensor:
+        """bool ``[B, H]``: the heads that the layers behind ``layer`` keep.
+
+        Args:
+            outputs: ``[B, Q, H, d]`` head outputs of the prompt at this layer, 0 where a head was cut before.
+            rows: bool ``[B, Q]``, rows that are no padding.
+            memory: the method's own notes about this request.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement live_heads()")
 
 
 # ------------------------------------------------------------------------------------------------------- decode
@@ -139,6 +157,7 @@ __all__ = [
     "Edit",
     "EditView",
     "EncoderScore",
+    "EncoderStep",
     "HeadScale",
     "KeyBias",
     "KeyMap",
@@ -156,6 +175,7 @@ __all__ = [
     "RowScore",
     "Rows",
     "SegmentEdit",
+    "Shrunk",
     "Site",
     "SoftMask",
     "Words",

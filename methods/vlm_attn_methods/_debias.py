@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_attn.profiles import Profile
 from vlm_attn.selection import exp_trend
-from vlm_attn.stages import Prune, PruneView, RowScore, method_dataclass
+from vlm_attn.stages import Prune, PruneView, RowScore, Site, method_dataclass
 
 Calibrator = Literal["exp_trend", "pad_mask", "rope_free", "rope_ones"]
 
@@ -44,16 +44,19 @@ class Debiased(Prune):
         """The method with its sigma read from the profile, if ``exp_trend`` needs it."""
         if "exp_trend" not in self.calibrate or self.sigma is not None:
             return self
-        score = self.sites()[0].score
+        score = self._scored().score
         record = profile.need(f"trend:{score.id if score else ''}", self.name)
         return self.with_values(sigma=float(record["sigma"]))
+
+    def _scored(self) -> Site:
+        """The first site that reads attention."""
+        return next(site for site in self.sites() if site.score is not None)
 
     def debiased(self, view: PruneView) -> Tensor:
         """fp32 ``[B, N]`` scores of a site; later stages are left as they are."""
         if view.scores is None:
             raise ValueError(f"{self.name} ran without its attention score: the layer it reads was skipped")
-        first = view.site.layer == self.sites()[0].layer
-        if first and "exp_trend" in self.calibrate and self.sigma is not None:
+        if view.site == self._scored() and "exp_trend" in self.calibrate and self.sigma is not None:
             return exp_trend(view.tokens, view.scores, self.sigma)
         return view.scores
 

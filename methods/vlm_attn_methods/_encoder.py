@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlm_attn.encoder_view import Picture
 from vlm_attn.selection import images
-from vlm_attn.stages import Prune, PruneView, Site, method_dataclass
+from vlm_attn.stages import Merged, Prune, PruneView, Site, method_dataclass
 
 
 @method_dataclass
@@ -54,3 +54,20 @@ class EncoderPrune(Prune):
             if changed.numel():
                 hidden[row, slots[changed]] = view.vision.project(features[changed]).to(hidden.dtype)
         return out, hidden
+
+
+@method_dataclass
+class InEncoder(EncoderPrune):
+    """Patches leave inside the encoder (``shrink``); the prompt then drops their places."""
+
+    encoder_layer = 0
+
+    def keep_mask(self, view: PruneView) -> Tensor | Merged:
+        return self.each(view, lambda picture, z: alive(picture))
+
+
+def alive(picture: Picture) -> Tensor:
+    """Indices of the patches that did not leave inside the encoder."""
+    if picture.alive is None:
+        raise ValueError("nothing was removed inside the encoder: the method does not say where (shrinks)")
+    return picture.alive.nonzero()[:, 0]

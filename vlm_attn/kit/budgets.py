@@ -15,6 +15,11 @@ def budget(keep: int | float, total: int) -> int:
     return max(1, min(count, total))
 
 
+def cascade(keep: int | float, total: int, step: int, steps: int) -> int:
+    """Left of ``total`` after ``step`` of ``steps`` equal cuts down to ``budget(keep, total)`` (SpAtten) [ours]."""
+    return total - round((total - budget(keep, total)) * step / steps)
+
+
 def floor_share(total: int, share: float) -> int:
     """``int(share * total)``, at least 1 (PyramidDrop, ZOO-Prune; DivPrune and FastV round)."""
     return max(1, min(int(share * total), total))
