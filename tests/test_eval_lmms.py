@@ -101,6 +101,7 @@ def test_method_argument() -> None:
     assert parse_method(None, {}) is None
     assert parse_method("fastv", {"layer": 2}) == {"name": "fastv", "layer": 2}
     assert parse_method('{"name": "fastv", "layer": 2}', {}) == {"name": "fastv", "layer": 2}
+    assert parse_method("""'{"name": "fastv", "layer": 2}'""", {}) == {"name": "fastv", "layer": 2}
     assert parse_method('[{"name": "fastv"}]', {}) == [{"name": "fastv"}]
     assert parse_method("recipes/mine.yaml", {}) == "recipes/mine.yaml"
     with pytest.raises(ValueError, match="JSON"):

@@ -2,9 +2,9 @@
 
     lmms-eval --model vlm_attn --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=fastv,layer=2 --tasks pope
 
-``method`` is a registered name (further keys are its parameters), JSON (``'{"name": "fastv", "layer": 2}'``, or a list
-of such) or the path of a YAML recipe. Every answer goes through `VLM.ask`, so methods that rewrite the request work;
-``batch_size`` above 1 uses padded batches of `VLM.generate` where the method allows it.
+``method`` is a registered name (further keys are its parameters), JSON (``method='{"name": "fastv", "layer": 2}'``, or
+a list of such) or the path of a YAML recipe. Every answer goes through `VLM.ask`, so methods that rewrite the request
+work; ``batch_size`` above 1 uses padded batches of `VLM.generate` where the method allows it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lmms_eval.protocol import ChatMessages
 from vlm_attn.evaluation.answers import Produced, cut_at, generation_settings, plain, sample_seed
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.progress import Bar, single_bar
+from vlm_attn.evaluation.ranks import Rank, ShareDone
 
 __all__ = ["Recorder", "VlmAttnChat"]
 
@@ -50,6 +51,8 @@ def parse_method(method: Any, params: Mapping[str, Any]) -> Any:
             raise ValueError(f"Put the parameters {sorted(params)} into the method itself.")
         return method
     text = method.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]  # lmms-eval leaves the quotes on that protect the commas of a value
     if text.startswith(("{", "[")):
         try:
             parsed = json.loads(text)
@@ -91,7 +94,7 @@ class VlmAttnChat(lmms):
         import vlm_attn
 
         if device is not None and "device_map" not in load:
-            load["device_map"] = device
+            load["device_map"] = Rank.current().device(device)
         vlm = vlm_attn.wrap(str(pretrained), spec, **load)
         self._setup(lambda: vlm, batch_size, seed, max_new_tokens)
 
@@ -105,12 +108,16 @@ class VlmAttnChat(lmms):
         max_new_tokens: int | None = None,
         recorder: Recorder | None = None,
         bar: Bar = single_bar,
+        rank: Rank | None = None,
     ) -> VlmAttnChat:
-        """Around a VLM made elsewhere: ``provide()`` is called when an answer is needed, and may load it then."""
+        """Around a VLM made elsewhere: ``provide()`` is called when an answer is needed, and may load it then.
+
+        With a ``rank``, `generate_until` answers that rank's share of what the recorder lacks and raises `ShareDone`.
+        """
         self = cls.__new__(cls)
         lmms.__init__(self)
         self._setup(provide, batch_size, seed, max_new_tokens)
-        self.recorder, self.bar = recorder, bar
+        self.recorder, self.bar, self.rank_of_run = recorder, bar, rank
         return self
 
     def _setup(self, provide: Callable[[], Any], batch_size: int | str, seed: int, max_new_tokens: int | None) -> None:
@@ -123,6 +130,7 @@ class VlmAttnChat(lmms):
         self.recorder: Recorder | None = None
         self.bar: Bar = single_bar
         self.warmup = 0
+        self.rank_of_run: Rank | None = None
 
     @property
     def vlm(self) -> Any:
@@ -150,20 +158,31 @@ class VlmAttnChat(lmms):
             grouping=True,
         )
         answers: list[GenerationResult] = []
-        with self.bar(len(requests)) as advance:
-            for batch in collator.get_batched(n=self.batch_size):
-                answers += self._batch(list(batch))
+        batches = [list(batch) for batch in collator.get_batched(n=self.batch_size)]
+        if self.rank_of_run:  # whole batches, because padding may change the last bits of an answer
+            batches = self.rank_of_run.share([batch for batch in batches if None in self._recalled(batch)])
+        with self.bar(sum(map(len, batches))) as advance:
+            for batch in batches:
+                if self.rank_of_run:
+                    self.rank_of_run.check_launcher()
+                answers += self._batch(batch)
                 advance(len(batch))
+        if self.rank_of_run:
+            raise ShareDone
         return list(collator.get_original(answers))
+
+    def _recalled(self, batch: list[tuple[Any, ...]]) -> list[Produced | None]:
+        """The stored answers of a batch, None where there is none."""
+        if self.recorder is None:
+            return [None] * len(batch)
+        return [
+            self.recorder.recall(task, doc_id, ctx, self.task_dict[task][split][doc_id])
+            for ctx, _, _, doc_id, task, split in batch
+        ]
 
     def _batch(self, batch: list[tuple[Any, ...]]) -> list[GenerationResult]:
         docs = [self.task_dict[task][split][doc_id] for *_, doc_id, task, split in batch]
-        kept: list[Produced | None] = [None] * len(batch)
-        if self.recorder:
-            kept = [
-                self.recorder.recall(task, doc_id, ctx, doc)
-                for (ctx, _, _, doc_id, task, _), doc in zip(batch, docs, strict=True)
-            ]
+        kept = self._recalled(batch)
         if any(item is None for item in kept):
             # The whole batch is computed again even if part of it is known: the composition of a padded batch may
             # change the last bits of an answer, and a continued run must equal an uninterrupted one.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation.answers import Produced, plain
 from vlm_attn.evaluation.config import ConfigError
-from vlm_attn.evaluation.store import JsonLines, dumps
+from vlm_attn.evaluation.store import JsonLines, dumps, read_json_lines
 
-__all__ = ["RunRecorder"]
+__all__ = ["Key", "RunRecorder", "sample_key"]
 
 Key = tuple[str, str, int]
 _STATS = ("visual_tokens", "kept_tokens", "edited_heads")
@@ -23,7 +24,10 @@ class RunRecorder:
     replaced when the sample is produced again.
     """
 
-    def __init__(self, samples: JsonLines, timings: JsonLines, *, model: str, seed: int) -> None:
+    def __init__(
+        self, samples: JsonLines, timings: JsonLines, *, model: str, seed: int, earlier: Path | None = None
+    ) -> None:
+        """``earlier``: a file of samples that are known too and stay where they are."""
         self._samples, self._timings = samples, timings
         self._fixed = {"model": model, "seed": seed}
         self._rows: dict[Key, dict[str, Any]] = {}
@@ -31,7 +35,7 @@ class RunRecorder:
         self.used: dict[tuple[str, str], set[int]] = {}
         self._label, self._hash = "", ""
         for row in samples.rows():
-            key = _key(row, samples)
+            key = sample_key(row, samples.path)
             if key in self._rows:
                 raise ConfigError(
                     f"{samples.path} holds sample {key[2]} of {key[1]} twice for one method. Remove one "
@@ -39,7 +43,9 @@ class RunRecorder:
                 )
             self._rows[key] = row
         for row in timings.rows():
-            self._times[_key(row, timings)] = row
+            self._times[sample_key(row, timings.path)] = row
+        if earlier is not None and earlier.is_file():
+            self._rows |= {sample_key(row, earlier): row for row in read_json_lines(earlier)}
 
     def use(self, label: str, digest: str) -> None:
         """Answers recalled and kept from now on belong to this method."""
@@ -92,13 +98,13 @@ class RunRecorder:
         return [self._times[digest, task, i] for i in ids if (digest, task, i) in self._times]
 
 
-def _key(row: Mapping[str, Any], file: JsonLines) -> Key:
+def sample_key(row: Mapping[str, Any], path: Path) -> Key:
+    """Method hash, task and sample id of a line; ``path`` is for the message if it has none."""
     try:
         return str(row["method_hash"]), str(row["task"]), int(row["doc_id"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{file.path} holds a line without {error}; it was not written by this program. Choose "
-            "another output folder."
+            f"{path} holds a line without {error}; it was not written by this program. Choose another output folder."
         ) from error
 
 

@@ -9,6 +9,7 @@ Folder of a run:
   (intervals, all parsers), ``method``, ``paired``, ``kept_tokens``, ``latency``, ``env``, ``failed``.
 - ``methods/<label>.json``: lmms-eval's own result of one method, in its own shape.
 - ``report.html``, ``config.yaml`` (resolved), ``run.json`` (what must agree to continue), ``harness.log``.
+- ``ranks/``: work of several processes while it lasts (`ranks`, `launch`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from vlm_attn.evaluation.assemble import HARNESS_KEYS, assemble
 from vlm_attn.evaluation.config import ConfigError, EvalConfig, MethodEntry, load_config, method_hash
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.progress import RunProgress, terminal
+from vlm_attn.evaluation.ranks import Order, Rank, ShareDone, gather, hidden, rank_folder, sort_files
 from vlm_attn.evaluation.recorder import RunRecorder
 from vlm_attn.evaluation.store import FolderLock, JsonLines, write_json, write_text
 
@@ -68,7 +71,7 @@ class VlmBackend:
         if config.dtype != "auto":
             options["dtype"] = config.dtype
         if config.device is not None:
-            options["device_map"] = config.device
+            options["device_map"] = config.device  # "auto" spreads a model over several devices
         if config.attention is not None:
             options["attn_implementation"] = config.attention
         return vlm_attn.wrap(config.model, None, **options)
@@ -110,9 +113,74 @@ def validate_config(path: str | Path, overrides: Mapping[str, Any] | None = None
     return config.resolved()
 
 
-def run_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunResult:
-    """Run an evaluation config file; ``overrides`` (from a command line) win over the file."""
-    return run(load_config(path, overrides))
+def run_config(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, processes: int = 1
+) -> RunResult | None:
+    """Run an evaluation config file; ``overrides`` (from a command line) win over the file.
+
+    ``processes`` above 1 share the work on this machine. Within a run of several processes this answers the share of
+    this one, and returns None where another process scores.
+    """
+    from vlm_attn.evaluation import launch
+
+    config, rank = load_config(path, overrides), Rank.current()
+    if rank.count > 1:
+        return launch.run_rank(config, rank)
+    return launch.launch(config, processes) if processes > 1 else run(config)
+
+
+def check(config: EvalConfig, backend: Backend | None = None) -> Order:
+    """Check methods and benchmarks before anything is loaded; the order in which one process answers them."""
+    described = _describe_all(config, backend or VlmBackend())
+    _check_benchmarks(config)
+    return _order(config, described)
+
+
+def _order(config: EvalConfig, described: Mapping[str, Any]) -> Order:
+    return Order([method_hash(described[m.label]) for m in config.methods], [b.name for b in config.benchmarks])
+
+
+def start_anew(config: EvalConfig, folder: Path) -> None:
+    """Remove the answers of an earlier run if the config says so."""
+    if not config.resume:
+        for name in ("samples.jsonl", "timings.jsonl", "run.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "ranks", ignore_errors=True)
+
+
+def answer_share(config: EvalConfig, rank: Rank, backend: Backend | None = None) -> None:
+    """Answer this rank's share of what the run lacks into its folder; no scores, no waiting for other ranks."""
+    backend = backend or VlmBackend()
+    described = _describe_all(config, backend)
+    _check_benchmarks(config)
+    folder = Path(config.output)
+    own = rank_folder(folder, rank.index)
+    console = terminal(quiet=config.quiet)
+    with FolderLock(own), hidden():
+        known = environment.read_identity(folder / "run.json")
+        model = _Model(config, backend, own / "run.json", known=known, device=rank.device(config.device))
+        with _recording(config, own, earlier=folder / "samples.jsonl") as recorder:
+            try:
+                _, failed = _run_methods(config, described, model, recorder, own, console, rank)
+            finally:
+                model.close()
+    for label, message in failed.items():  # the process that scores meets the same error and reports it
+        console.print(f"{label}: {message}", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _recording(config: EvalConfig, folder: Path, earlier: Path | None = None) -> Iterator[RunRecorder]:
+    """The files of a run, open for appending."""
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    samples, timings = JsonLines(folder / "samples.jsonl"), JsonLines(folder / "timings.jsonl")
+    try:
+        yield RunRecorder(samples, timings, model=config.model, seed=config.seed, earlier=earlier)
+    finally:
+        samples.close()
+        timings.close()
 
 
 def run(config: EvalConfig, backend: Backend | None = None, console: Console | None = None) -> RunResult:
@@ -125,24 +193,18 @@ def run(config: EvalConfig, backend: Backend | None = None, console: Console | N
     resolved = config.resolved()
     console.rule("[bold]vlm-attn eval[/bold]")
     console.print(yaml.safe_dump(resolved, sort_keys=False).rstrip(), markup=False, highlight=False)
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
-    with FolderLock(folder):
-        if not config.resume:
-            for name in ("samples.jsonl", "timings.jsonl", "run.json"):
-                (folder / name).unlink(missing_ok=True)
-        model = _Model(config, backend, folder)
+    order = _order(config, described)
+    with FolderLock(folder), hidden():
+        start_anew(config, folder)
+        gather(folder, order)
+        model = _Model(config, backend, folder / "run.json")
         write_text(folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
-        samples, timings = JsonLines(folder / "samples.jsonl"), JsonLines(folder / "timings.jsonl")
-        recorder = RunRecorder(samples, timings, model=config.model, seed=config.seed)
-        try:
-            harness, failed = _run_methods(config, described, model, recorder, folder, console)
-        finally:
-            model.close()
-            samples.close()
-            timings.close()
+        with _recording(config, folder) as recorder:
+            try:
+                harness, failed = _run_methods(config, described, model, recorder, folder, console)
+            finally:
+                model.close()
+        sort_files(folder, order)
         results = assemble(config, described, harness, recorder, failed, environment.read_identity(model.path))
         write_json(folder / "results.json", results)
         for label, figures in harness.items():
@@ -161,21 +223,31 @@ def run(config: EvalConfig, backend: Backend | None = None, console: Console | N
 class _Model:
     """Loads the model when the first missing sample asks for it and puts the right method in place."""
 
-    def __init__(self, config: EvalConfig, backend: Backend, folder: Path) -> None:
-        self.config, self.backend, self.path = config, backend, folder / "run.json"
+    def __init__(
+        self,
+        config: EvalConfig,
+        backend: Backend,
+        path: Path,
+        known: Mapping[str, Any] | None = None,
+        device: str | None = None,
+    ) -> None:
+        """``path``: this process's ``run.json``; ``known``: that of the whole run; ``device``: this
+        process's."""
+        self.config, self.backend, self.path = config, backend, path
+        self.placed = config.model_copy(update={"device": device or config.device})
         self.vlm: Any = None
         self.entry: MethodEntry | None = None
         self.digest = ""
         self._active: MethodEntry | None = None
-        self.identity = environment.read_identity(self.path)
-        environment.check_identity(self.identity, {"settings": config.answer_key()}, folder)
+        self.identity = {**(known or {}), **environment.read_identity(path)}
+        environment.check_identity(self.identity, {"settings": config.answer_key()}, path.parent)
 
     def use(self, entry: MethodEntry, digest: str) -> None:
         self.entry, self.digest = entry, digest
 
     def get(self) -> Any:
         if self.vlm is None:
-            self.vlm = self.backend.load(self.config)
+            self.vlm = self.backend.load(self.placed)
             identity = {"settings": self.config.answer_key(), "weights": environment.weights_hash(self.vlm.model)}
             environment.check_identity(self.identity, identity, self.path.parent)
             self.identity = {"methods": {}, **self.identity, **identity, "env": environment.describe(self.vlm)}
@@ -247,8 +319,10 @@ def _run_methods(
     recorder: RunRecorder,
     folder: Path,
     console: Console,
+    rank: Rank | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """lmms-eval's results by method label, and the errors of methods that could not be finished."""
+    """lmms-eval's results by method label (none for a ``rank``, which only answers its share), and the errors of
+    methods that could not be finished."""
     from vlm_attn.evaluation.lmms import VlmAttnChat
 
     manager = _task_manager(defaults=any(b.name not in local_tasks() for b in config.benchmarks))
@@ -262,6 +336,7 @@ def _run_methods(
             max_new_tokens=config.max_new_tokens,
             recorder=recorder,
             bar=progress.bar,
+            rank=rank,
         )
         for entry in config.methods:
             digest = method_hash(described[entry.label])
@@ -272,7 +347,7 @@ def _run_methods(
                 for benchmark in config.benchmarks:
                     chat.warmup = config.warmup
                     progress.title = f"{entry.label}: {benchmark.name}"
-                    with _harness_output(folder):
+                    with _harness_output(folder), contextlib.suppress(ShareDone):
                         limit = config.limit_of(benchmark)
                         _merge(merged, _evaluate(chat, benchmark.name, limit, config.seed, manager))
             except Exception as error:  # one method's failure must not cost the others' results
