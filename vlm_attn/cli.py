@@ -1,4 +1,4 @@
-"""The command line: ``vlm-attn ls | ask | eval | validate | score | calibrate | bench | demo``.
+"""The command line: ``vlm-attn ls | ask | read | eval | validate | score | calibrate | bench | demo``.
 
 Heavy modules are imported inside the verbs, so that ``vlm-attn --help`` answers at once. Every verb has ``--json``:
 standard output then holds one JSON document and nothing else. A mistake of the user gives one line on standard error
@@ -27,6 +27,7 @@ from typer.exceptions import TyperException
 
 import vlm_attn
 from vlm_attn.evaluation.score_command import score
+from vlm_attn.readouts.command import read
 
 if TYPE_CHECKING:
     from vlm_attn.stages import Method
@@ -145,6 +146,9 @@ def ask(
         return
     out.print(answer.text, markup=False, highlight=False)
     err.print(f"[dim]{escape(stats_line(stats))}[/dim]", highlight=False)
+
+
+app.command()(read)
 
 
 def open_picture(name: str) -> Any:
