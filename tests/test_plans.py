@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from vlm_attn.attention import masks, plans
-from vlm_attn.attention.call import Call, fused_inputs
+import vlm_attn
+from tests import models
+from tests.matrix import HEADS, SINKS
+from tests.runs import greedy, manual
+from vlm_attn import ops
+from vlm_attn.attention import columns, fused, masks, plans, segments, soft
+from vlm_attn.attention.call import Call, RowMap, fused_inputs
 from vlm_attn.attention.plans import Labelled, edit_rows
 from vlm_attn.stages import SegmentEdit
 
@@ -94,3 +100,155 @@ def test_key_bias_equals_biased_softmax(backend: str, padded: bool, heads: int, 
     plain = output(c, dense(replace(c, bias=None)))
     assert (want - plain).abs().max() > 1e-2
     torch.testing.assert_close(got.transpose(1, 2), want, atol=2e-6, rtol=0)
+
+
+def test_maps_act_in_their_own_rows_of_each_sample() -> None:
+    """Two maps whose rows differ from sample to sample and from each other, alone and together."""
+    c = call(n=20)
+    scale, boost = 1 + torch.rand(2, 20), torch.rand(2, 20)
+    text = torch.zeros(2, 20, dtype=torch.bool)
+    text[0, 9:], text[1, 14:] = True, True
+    last = torch.zeros(2, 20, dtype=torch.bool)
+    last[:, -1] = True
+    bare = c.scores(torch.arange(20))
+    out = output(c, dense(c))
+    for used in ((0,), (1,), (0, 1)):
+        maps = tuple((RowMap(scale, None, text), RowMap(None, boost, last))[i] for i in used)
+        mapped = bare
+        if 0 in used:
+            mapped = torch.where(text[:, None, :, None], mapped * scale[:, None, None], mapped)
+        if 1 in used:
+            mapped = torch.where(last[:, None, :, None], mapped + boost[:, None, None] * mapped.abs(), mapped)
+        hidden = torch.ones(20, 20).triu(1).bool()
+        want = output(c, mapped.masked_fill(hidden, float("-inf")).softmax(-1))
+        got, _ = edit_rows(replace(c, maps=maps), out, [])
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+        rows = torch.stack([text, last])[list(used)].any(0)
+        assert torch.equal(got[~rows], out[~rows])
+        assert (got[rows] - out[rows]).abs().max() > 1e-3
+
+
+def test_two_maps_of_different_rows_attach_together() -> None:
+    with vlm_attn.attach(models.llava(4), ["vaf", "vas_boost"]) as session:
+        greedy(models.llava(4), models.single().inputs(), 2)
+        assert session.last.edited
+
+
+# ------------------------------------------------------------------------------------------------ kept log-sum-exp
+
+
+@pytest.mark.parametrize(("heads", "kv", "bias"), [(4, 2, 1), (4, 4, 4), (8, 2, 8)])
+def test_bias_of_few_keys_is_applied_to_the_output(heads: int, kv: int, bias: int) -> None:
+    c = call(heads, kv, bias=bias)
+    acting = torch.zeros(2, 1, 24)
+    acting[0, 0, [0, 5]], acting[1, 0, 2] = 1.0, 1.0
+    c = replace(c, bias=c.bias * acting if c.bias is not None else None)
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("the backend ran")
+
+    done, out, _ = fused.attend(c, refuse, wants_lse=False)
+    torch.testing.assert_close(out, output(c, dense(c)), atol=2e-6, rtol=0)
+    assert done.lse is not None
+    torch.testing.assert_close(done.lse, c.logits(torch.arange(24)).logsumexp(-1), atol=2e-6, rtol=0)
+
+
+def test_bias_of_many_keys_or_a_vanishing_weight_goes_to_the_backend() -> None:
+    bias = torch.zeros(1, 1, 24)
+    bias[..., :3] = 1.0
+    assert fused.few_keys(bias, torch.float32) is not None
+    bias[..., 0] = -9.0
+    assert fused.few_keys(bias, torch.float32) is None
+    assert fused.few_keys(torch.ones(1, 1, 24), torch.float32) is None
+
+
+def test_the_kernel_that_keeps_its_lse_gives_the_output_of_sdpa() -> None:
+    c = call(8, 2, n=70)
+    out, lse = segments.fused(c.query, c.key, c.value, c.scaling, causal=True)
+    key, value = (x.repeat_interleave(4, dim=1) for x in (c.key, c.value))
+    wanted = torch.nn.functional.scaled_dot_product_attention(c.query, key, value, is_causal=True, scale=c.scaling)
+    assert torch.equal(out, wanted)
+    torch.testing.assert_close(lse, c.logits(torch.arange(70)).logsumexp(-1), atol=2e-6, rtol=0)
+
+
+def with_lse(c: Call) -> Call:
+    return replace(c, lse=segments.attend(c.query, c.key, c.value, c.scaling, causal=True)[1])
+
+
+def test_column_means_from_the_operator_equal_those_from_rows() -> None:
+    c = call(8, 2, n=30)
+    valid = torch.ones(2, 30, dtype=torch.bool)
+    valid[1, :4] = False
+    heads = torch.tensor([1, 2, 7])
+    as_mask = torch.ones(30, 30).tril().bool()[None, None]
+    rows = columns.column_means(replace(c, mask=as_mask), valid, heads)
+    for got, want in zip(columns.column_means(with_lse(c), valid, heads), rows, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["weight", "output"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_softened_images_equal_softened_rows(mode: str, inside: bool) -> None:
+    c = call(8, 2, n=30)
+    images = torch.full((2, 30), -1)
+    images[0, 3:9], images[0, 12:20], images[1, 0:7], images[1, 9:11], images[1, 20:29] = 0, 1, 0, 1, 2
+
+    def pairs(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        row, key = rows[:, :, None], keys[:, None, :]
+        return ((key >= row) if inside else (key > row)) & (row >= 0)
+
+    out = output(c, dense(c))
+    rows, count = soft.soften(c, out, images, pairs, 0.4, mode)
+    whole, same = soft.soften(with_lse(c), out, images, pairs, 0.4, mode)
+    assert count == same > 0
+    assert (rows - out).abs().max() > 1e-2
+    torch.testing.assert_close(whole, rows, atol=2e-6, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------- segment kernel
+
+MIXES: list[tuple[str, dict[str, Any]]] = [
+    ("var", {**SINKS, "visual_mass_min": 0.05, "rho_nonsink": 0.1, "keep": 0.2}),
+    ("act", {"heads": [[1, 0], [1, 3], [2, 1]], "alpha": 1.5, "first_layer": 1}),
+    ("adhh", {"heads": HEADS, "threshold": 0.1}),
+    ("adhh", {"heads": HEADS, "threshold": 0.1, "renormalise": True}),
+    ("head_gate", {"heads": HEADS, "mode": "block"}),
+    ("head_gate", {"heads": HEADS, "mode": "block", "drop": "context", "where": "text"}),
+]
+
+
+@pytest.mark.parametrize(("name", "params"), MIXES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_pass_of_the_segment_operator_equals_the_rows(
+    name: str, params: dict[str, Any], padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an operator that a kernel stands behind, prefill (unpadded) and decoding go through it."""
+    model = models.llava(4)
+    inputs = (models.padded() if padded else models.single()).inputs()
+    with vlm_attn.attach(model, vlm_attn.method(name, **params)) as session:
+        tokens, wanted, _ = greedy(model, inputs, 4)
+        counted = dict(session.last.edited)
+        calls: list[int] = []
+        original = ops.segment_attention
+
+        def counting(query: torch.Tensor, *args: Any, **kwargs: Any) -> ops.SegmentAttention:
+            calls.append(query.shape[2])
+            return original(query, *args, **kwargs)
+
+        monkeypatch.setattr(ops, "segment_attention", counting)
+        monkeypatch.setattr(ops, "accelerated", lambda device: True)
+        got = manual(model, inputs, tokens[:, :-1])
+        assert session.last.edited == counted
+    assert any(counted.values())
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=0)
+    decoding = name in ("adhh", "head_gate") and params.get("where") != "text"  # one row in the prefill as well
+    assert 1 in calls
+    assert (max(calls) > 1) == (not padded and not decoding)
+
+
+def test_the_explanation_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    with vlm_attn.attach(models.llava(4), vlm_attn.method("var", **SINKS)) as session:
+        assert "kernel" not in str(session.explain())
+        monkeypatch.setattr(ops, "accelerated", lambda device: True)
+        said = str(session.explain())
+    assert "segment kernel" in said

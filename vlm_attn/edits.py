@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention import columns, soft
-from .attention.call import Call, RowMap, Run, fused_inputs
-from .attention.plans import Gated, Labelled, Remembered, edit_decode, edit_rows
+from .attention import columns, fused, soft
+from .attention.call import Call, RowMap, Run
+from .attention.plans import FUSED_ROWS, Gated, Labelled, Remembered, edit_decode, edit_rows
 from .draft import Drafted
 from .errors import UnsupportedError
 from .request import Request
@@ -194,8 +194,7 @@ class Edits:
             row = self._decode(layer, call, request)
             if row is not None:
                 return call, row, None
-        out, weights = run(*fused_inputs(call))
-        out = out[..., : call.query.shape[-1]]
+        call, out, weights = fused.attend(call, run, self._wants_lse(layer, call, request))
         if call.queries == call.keys:
             self.read(layer, call, request)
             out = self._soften(layer, call, out, request)
@@ -203,14 +202,24 @@ class Edits:
             out = self._edit(layer, call, out, request)
         return call, out, weights
 
+    def _wants_lse(self, layer: int, call: Call, request: Request) -> bool:
+        """Whether some edit of all rows, or of many, starts from each row's LSE."""
+        if call.queries != call.keys:
+            return False
+        if any(layer in self.layers[i] for i, _ in self.soft):
+            return True
+        here = [m for i, m in self.segments if layer in self.layers[i]]
+        return any(
+            m.wants_columns or int(self._gate(m.rows, layer, call, request).any(0).sum()) >= FUSED_ROWS for m in here
+        )
+
     def _items(self, layer: int, call: Call, request: Request, frozen: bool = True) -> list[Gated]:
         """Row edits, then segment edits of a layer with the rows they act in."""
         items: list[Gated] = []
         for i, edit in self.rows:
             waiting = edit.source is not None and i not in request.memory
             if layer in self.layers[i] and not waiting:
-                view = self._view(edit, layer, None, request)
-                view = replace(view, tokens=view.tokens.extend(call.keys - view.tokens.length))
+                view = replace(self._view(edit, layer, None, request), tokens=request.grown(layer, call.keys))
                 item = Remembered(edit, view, request.memory.get(i))
                 items.append((item, self._gate("last", layer, call, request)))
         for i, segment in self.segments:

@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from . import ops
+from .attention.fused import FEW_KEYS
 from .attention.plans import FUSED_ROWS
 from .stages import Edit, HeadScale, KeyBias, LogitMap, RowEdit, SegmentEdit, SoftMask
 
 if TYPE_CHECKING:
     from .session import Session
 
+BIAS_WHY = (
+    f"up to {FEW_KEYS} biased keys: applied to the unpadded output by its log-sum-exp; otherwise the bias rides in "
+    "extra head dimensions, so no mask is built"
+)
+KERNEL_WHY = "one pass of the segment kernel, unpadded and if nothing else acts here; else exact rows"
+KERNEL_ROW_WHY = "one pass of the segment kernel, if nothing else acts here; else the exact row"
 P0, P1, P2, P3, STOCK = "P0 head scale", "P1 new row", "P2 exact rows", "P3 all rows", "stock"
 
 
@@ -78,23 +88,29 @@ def _said(session: Session, index: int, edit: Edit, layer: int) -> Iterator[Said
         yield "decode", name, P0, "the same heads, fixed in the prefill"
     if layer not in edits.layers[index]:
         return
+    kernel = isinstance(edit, SegmentEdit) and _in_kernel(session, edit)
     if isinstance(edit, LogitMap):
         yield "prefill", name, *_map_plan(edit)
     if isinstance(edit, KeyBias):
-        eager = session.backend == "eager"
-        why = "eager: added to the mask" if eager else "the bias rides in extra head dimensions, so no mask is built"
+        why = "eager: added to the mask" if session.backend == "eager" else BIAS_WHY
         yield "prefill", name, P3, why
         yield "decode", name, P1, "added to the mask of the one new row"
         return
     if isinstance(edit, SoftMask):
-        yield "prefill", name, P3, "hidden pairs of image rows alone, merged by their log-sum-exp"
+        yield "prefill", name, P3, "hidden pairs of image rows alone, one fused call per image, merged by log-sum-exp"
         return
     if isinstance(edit, RowEdit):
         yield "prefill", name, P2, "only the last row changes: it is computed again and replaces the fused one"
     if isinstance(edit, SegmentEdit):
-        yield "prefill", name, *_segment_plan(edit)
+        yield "prefill", name, *_segment_plan(edit, kernel)
     if isinstance(edit, LogitMap | RowEdit | SegmentEdit):
-        yield "decode", name, P1, "the new row is computed exactly; no fused call runs beside it"
+        alone = isinstance(edit, SegmentEdit) and kernel
+        yield "decode", name, P1, KERNEL_ROW_WHY if alone else "the new row is computed exactly; no fused call runs"
+
+
+def _in_kernel(session: Session, edit: SegmentEdit) -> bool:
+    """Whether the device has a kernel for the segments of this edit."""
+    return edit.mix(torch.ones(1, edit.segments)) is not None and ops.accelerated(session.model.device.type)
 
 
 def _map_plan(edit: LogitMap) -> tuple[str, str]:
@@ -105,11 +121,15 @@ def _map_plan(edit: LogitMap) -> tuple[str, str]:
     return P3, "factors per key: the text rows run once more on scaled keys (exact rows beside another edit)"
 
 
-def _segment_plan(edit: SegmentEdit) -> tuple[str, str]:
+def _segment_plan(edit: SegmentEdit, kernel: bool) -> tuple[str, str]:
+    if edit.wants_columns and kernel:
+        return P3, f"labels need column means, which the key-mass kernel adds up; then {KERNEL_WHY}"
+    if kernel:
+        return P3, KERNEL_WHY
     if edit.wants_columns:
         return (
             P3,
-            "labels need column means: row blocks give them and each row's log-sum-exp, then labelled keys alone",
+            "labels need column means: row blocks add them up with each row's log-sum-exp, then labelled keys alone",
         )
     if edit.rows == "last":
         return P2, "only the last row changes"

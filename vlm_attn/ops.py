@@ -33,6 +33,7 @@ LABELS = 4
 PAD = 255
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INF = float("inf")
+_ACCELERATED: set[str] = set()
 
 torch.library.define(
     "vlm_attn::key_mass",
@@ -209,8 +210,16 @@ def register_kernels(device: str, **implementations: Callable[..., object]) -> N
         implementations: ``key_mass=`` and / or ``segment_attention=``, with the parameters of their references
             :func:`key_mass_reference`, :func:`segment_attention_reference`. Inputs were checked and are not empty.
     """
+    if implementations:
+        _ACCELERATED.add(device)
     for name, function in implementations.items():
         torch.library.impl(f"vlm_attn::{name}", device, function)
+
+
+def accelerated(device: str) -> bool:
+    """Whether kernels run on a device type (loads them if they are installed)."""
+    load_kernels(device)
+    return device in _ACCELERATED
 
 
 @functools.cache
@@ -251,7 +260,10 @@ def key_mass_reference(
     for part, counted in _parts(rows, gates, b, h, n):
         seen = n - q + int(part.max()) + 1 if causal else n
         logits = row_logits(query.index_select(2, part), key[:, :, :seen], scaling)
-        logits.masked_fill_(_hidden(part + n - q, seen, causal, key_mask), -INF)
+        # Keys before the first row's own position are hidden from none of the rows, unless they are padding.
+        first = 0 if key_mask is not None else n - q + int(part.min()) + 1 if causal else n
+        hidden = _hidden(part + n - q, seen, causal, key_mask)[..., first:]
+        logits[..., first:].masked_fill_(hidden, -INF)
         norm = logits.logsumexp(-1) if lse is None else lse.index_select(2, part)
         norm = norm.masked_fill(norm.isinf() | ~counted[:, None], INF)
         total[..., :seen] += logits.sub_(norm[..., None]).exp_().sum(2)

@@ -66,6 +66,7 @@ class Request:
     edited: dict[int, int] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     cache_id: int | None = None
+    _grown: dict[int, TokenMap] = field(default_factory=dict, repr=False)
 
     def stage_at(self, layer: int) -> PruneStage | None:
         """The stage whose kept slots layer ``layer`` runs on."""
@@ -79,6 +80,16 @@ class Request:
         """Roles of the prompt keys of one layer."""
         stage = self.stage_at(layer)
         return self.tokens if stage is None else stage.tokens
+
+    def grown(self, layer: int, keys: int) -> TokenMap:
+        """Roles of the ``keys`` slots of one layer, new tokens included; layers of equal prompt share one map."""
+        stage = self.stage_at(layer)
+        first = 0 if stage is None else stage.layer
+        found = self._grown.get(first)
+        if found is None or found.length != keys:
+            prompt = self.tokens_at(layer)
+            found = self._grown[first] = prompt.extend(keys - prompt.length)
+        return found
 
     def kept(self, layer: int) -> list[Tensor]:
         """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""

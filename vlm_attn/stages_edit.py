@@ -11,6 +11,7 @@ from torch import Tensor
 from .contract import Method, ModelInfo
 
 if TYPE_CHECKING:
+    from .ops import Mix
     from .tokens import TokenMap
 
 Rows = Literal["last", "sees_image", "all"]
@@ -225,6 +226,13 @@ class SegmentEdit(Edit):
         (``[B, H, G]`` with labels per head).
         """
         raise TypeError(f"{type(self).__name__} does not implement scales()")
+
+    def mix(self, counts: Tensor) -> tuple[Mix, Tensor] | None:
+        """The same edit as a mix over labels 0..3, for kernels, and the samples that it may change, bool ``[B]``.
+
+        None (the default) where a mix cannot say what :meth:`scales` says.
+        """
+        return None
 
 
 class HeadScale(Edit):

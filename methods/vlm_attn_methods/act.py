@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.ops import Mix
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, ModelInfo, SegmentEdit, check_layer, method_dataclass
 
@@ -94,3 +95,7 @@ class ACT(SegmentEdit):
         gain = 1 + (1 - self.beta) * sinks / others.clamp(min=torch.finfo(torch.float32).tiny)
         scales = torch.stack([gain, torch.full_like(gain, self.beta)], dim=-1)
         return torch.where(others[..., None] > 0, scales, 1.0)
+
+    def mix(self, counts: Tensor) -> tuple[Mix, Tensor] | None:
+        whole = torch.ones(len(counts), dtype=torch.bool, device=counts.device)
+        return (Mix((1,), (0,), self.beta), whole) if self.beta <= 1 else None

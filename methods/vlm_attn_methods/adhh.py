@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.ops import Mix
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, ModelInfo, SegmentEdit, method_dataclass
 
@@ -71,3 +72,8 @@ class ADHH(SegmentEdit):
             cut &= others > 0
             gain = 1 / others.clamp(min=torch.finfo(torch.float32).tiny)
         return torch.where(cut[..., None], torch.stack([gain, torch.zeros_like(text)], dim=-1), 1.0)
+
+    def mix(self, counts: Tensor) -> tuple[Mix, Tensor]:
+        receivers = (0,) if self.renormalise else ()
+        whole = torch.ones(len(counts), dtype=torch.bool, device=counts.device)
+        return Mix((1,), receivers, 0.0, gate_min=self.threshold), whole

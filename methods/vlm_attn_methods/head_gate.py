@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.ops import Mix
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, HeadScale, ModelInfo, Rows, SegmentEdit, method_dataclass
 
@@ -90,6 +91,9 @@ class HeadGate(SegmentEdit, HeadScale):
         others = masses[..., 0]
         gain = 1 / others.clamp(min=torch.finfo(torch.float32).tiny)
         return torch.where(others[..., None] > 0, torch.stack([gain, torch.zeros_like(gain)], dim=-1), 1.0)
+
+    def mix(self, counts: Tensor) -> tuple[Mix, Tensor]:
+        return Mix((1,), (0,), 0.0), torch.ones(len(counts), dtype=torch.bool, device=counts.device)
 
     def factors(self, layer: int, last: Tensor, text_last: Tensor | None) -> Tensor:
         out = torch.ones(last.shape[:2], device=last.device)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.ops import Mix
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, ModelInfo, SegmentEdit, check_layer, method_dataclass
 
@@ -97,3 +98,10 @@ class VAR(SegmentEdit):
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         rho = RHO[self.rho_nonsink] if isinstance(self.rho_nonsink, str) else self.rho_nonsink
         return redistribute(masses, counts, self.keep, self.visual_mass_min, rho, self.need_visual_sink)
+
+    def mix(self, counts: Tensor) -> tuple[Mix, Tensor]:
+        rho = RHO[self.rho_nonsink] if isinstance(self.rho_nonsink, str) else self.rho_nonsink
+        visual = (RECEIVER, VISUAL_DONOR)
+        allowed = (counts[:, VISUAL_DONOR] > 0) | (not self.need_visual_sink)
+        mix = Mix((VISUAL_DONOR, TEXT_DONOR), (RECEIVER,), self.keep, visual, self.visual_mass_min, rho)
+        return mix, allowed

@@ -16,7 +16,7 @@ Run = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor | None]]
 """The backend's own attention on ``(query, key, value, mask)``: output ``[B, Q, H, d]`` and weights or None."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowMap:
     """``z' = scale_j z + boost_j |z|`` in chosen rows.
 
@@ -56,6 +56,7 @@ class Call:
         bias: fp32 ``[B, H or 1, N]`` added to the logits of every row.
         backend: name of the backend whose mask this is.
         maps: logit maps, applied before bias and mask.
+        lse: fp32 ``[B, H, Q]`` of every row over what it attends to, where the attention that ran returned it.
     """
 
     query: Tensor
@@ -68,6 +69,7 @@ class Call:
     bias: Tensor | None
     backend: str = "sdpa"
     maps: tuple[RowMap, ...] = ()
+    lse: Tensor | None = None
 
     @property
     def queries(self) -> int:
@@ -113,14 +115,24 @@ class Call:
         shared = torch.div(heads, self.group, rounding_mode="floor")
         return self.query[:, heads], self.key[:, shared], self.value[:, shared]
 
+    def scores(self, rows: Tensor, heads: Tensor | None = None) -> Tensor:
+        """fp32 ``[B, H, R, N]`` of the query rows ``rows [R]`` before maps, biases and mask."""
+        query, key, _ = self.heads(heads)
+        return row_logits(query.index_select(2, rows), key, self.scaling, self.softcap)
+
     def logits(self, rows: Tensor, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None) -> Tensor:
         """Exact fp32 logits ``[B, H, R, N]`` of the query rows ``rows [R]``: softcap, maps, biases, mask.
 
         Args:
             maps: the maps to apply, all of them by default.
         """
-        query, key, _ = self.heads(heads)
-        logits = row_logits(query.index_select(2, rows), key, self.scaling, self.softcap)
+        logits = self.scores(rows, heads)
+        return self.finish(logits, rows, heads, maps)
+
+    def finish(
+        self, logits: Tensor, rows: Tensor, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None
+    ) -> Tensor:
+        """Adds to :meth:`scores` what :meth:`logits` says."""
         for item in self.maps if maps is None else maps:
             logits = item.apply(logits, rows)
         if self.bias is not None:

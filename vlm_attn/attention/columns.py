@@ -11,8 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import ops
+from . import kernel, segments
 from .call import Call
-from .plans import Labelled
+from .labelled import Labelled
 from .rows import chunks, row_logits, row_outputs
 
 
@@ -32,6 +34,8 @@ def column_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tens
         fp32 means ``[B, S, N]`` (0 where no row sees the key) and LSE ``[B, S, Q]``.
     """
     batch, keys = call.query.shape[0], call.keys
+    if call.plain and (call.lse is not None or segments.gives_lse(call.query)):
+        return _fused_means(call, valid, heads)
     rows = torch.arange(call.queries, device=call.query.device)
     sums = call.query.new_zeros((batch, len(heads), keys), dtype=torch.float32)
     seen = call.query.new_zeros((batch, 1, keys), dtype=torch.float32)
@@ -44,6 +48,18 @@ def column_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tens
         visible = call.visible(part).expand(batch, -1, -1, -1)[:, 0].float()
         seen += counted @ visible
     return torch.where(seen > 0, sums / seen.clamp(min=1), 0.0), torch.cat(lse, dim=-1)
+
+
+def _fused_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`column_means` of a plain causal call: the LSE from fused attention, the columns from the operator."""
+    whole = call.lse
+    if whole is None:
+        whole = segments.attend(call.query, call.key, call.value, call.scaling, causal=True)[1]
+    lse = whole[:, heads].contiguous()
+    query, key, _ = call.heads(heads)
+    sums = ops.key_mass(query, key, None, call.scaling, lse, gate=valid)
+    seen = valid.flip(1).cumsum(1).flip(1)[:, None].float()
+    return torch.where(seen > 0, sums / seen.clamp(min=1), 0.0), lse
 
 
 def edit_labelled(
@@ -59,6 +75,8 @@ def edit_labelled(
     Returns:
         The output and the number of (sample, head, row) triples that were edited.
     """
+    if kernel.suits(item, call):
+        return kernel.edit_rows(call, item, valid, out)
     labels = item.labels[:, heads]
     size = int((labels > 0).sum(-1).max())
     if size == 0:
@@ -66,6 +84,7 @@ def edit_labelled(
     index = torch.argsort((labels == 0).to(torch.uint8), dim=-1, stable=True)[..., :size]
     label = labels.gather(-1, index).long()
     query, key, value = call.heads(heads)
+    every = len(heads) == out.shape[2]
     wide = index[..., None].expand(-1, -1, -1, key.shape[-1])
     key, value = key.gather(2, wide), value.gather(2, wide).float()
     counts = item.counts[:, heads] if item.counts.dim() == 3 else item.counts
@@ -79,8 +98,7 @@ def edit_labelled(
         if call.bias is not None:
             bias = call.bias.expand(-1, out.shape[2], -1)[:, heads]
             logits = logits + bias.gather(2, index)[:, :, None, :]
-        visible = call.visible(part).expand(out.shape[0], len(heads), -1, -1)
-        visible = visible.gather(3, index[:, :, None, :].expand(-1, -1, part.numel(), -1))
+        visible = _visible(call, part, index)
         block = (logits - lse[:, :, start : start + part.numel(), None]).exp()
         # Rows of padding see nothing: their LSE is the mask's own number, and they must stay finite.
         block = torch.where(visible & valid[:, None, part, None], block, 0.0)
@@ -96,9 +114,12 @@ def edit_labelled(
         direct.append(part[unsafe.any(0).any(0)])
         base = scales[..., :1]
         per_key = (scales - base) @ member.transpose(-1, -2)
-        before = out[:, part][:, :, heads].transpose(1, 2).float()
-        after = base * before + (block * per_key) @ value
-        result[:, part[:, None], heads[None]] = after.transpose(1, 2).to(out.dtype)
+        before = (out[:, part] if every else out[:, part][:, :, heads]).transpose(1, 2).float()
+        after = (base * before + (block * per_key) @ value).transpose(1, 2).to(out.dtype)
+        if every:
+            result[:, part] = after
+        else:
+            result[:, part[:, None], heads[None]] = after
     for part in chunks(torch.cat(direct), out.shape[0], len(heads), call.keys):
         if not part.numel():
             continue
@@ -107,3 +128,11 @@ def edit_labelled(
         after = row_outputs(weights, call.heads(heads)[2])
         result[:, part[:, None], heads[None]] = after.transpose(1, 2).to(out.dtype)
     return result, edited
+
+
+def _visible(call: Call, rows: Tensor, index: Tensor) -> Tensor:
+    """bool ``[B, S, R, K]``: which of the gathered keys ``index [B, S, K]`` the query rows ``rows [R]`` see."""
+    if call.plain:
+        return index[:, :, None, :] <= rows[:, None]
+    visible = call.visible(rows).expand(len(index), index.shape[1], -1, -1)
+    return visible.gather(3, index[:, :, None, :].expand(-1, -1, rows.numel(), -1))

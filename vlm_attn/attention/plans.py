@@ -15,52 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..stages import EditView, RowEdit, SegmentEdit
-from . import segments
+from ..stages import EditView, RowEdit
+from . import kernel, segments
 from .call import Call, RowMap, fused_inputs
+from .labelled import Labelled
 from .rows import chunks, row_outputs
 
 # From this many edited rows on, the LSE route costs less memory than exact rows at equal work.
 FUSED_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A segment edit with the labels of one layer's prompt keys (uint8 ``[B, n]`` or ``[B, H, n]``).
-
-    ``members`` fp32 ``[B, 1 or H, n, G]`` is the one-hot form, ``counts`` fp32 ``[B, G]`` or ``[B, H, G]`` the segment
-    sizes, ``heads`` bool ``[H]`` the edited heads (None = all).
-    """
-
-    edit: SegmentEdit
-    labels: Tensor
-    members: Tensor
-    counts: Tensor
-    heads: Tensor | None = None
-
-    @classmethod
-    def of(cls, edit: SegmentEdit, labels: Tensor, heads: Tensor | None = None) -> Labelled:
-        """Computes the derived forms once."""
-        members = torch.nn.functional.one_hot(labels.long(), edit.segments).float()
-        counts = members.sum(-2)
-        return cls(edit, labels, members[:, None] if labels.dim() == 2 else members, counts, heads)
-
-    def scales(self, masses: Tensor) -> Tensor:
-        """The edit's factors ``[B, H, R, G]``, 1 in heads it leaves alone."""
-        scales = self.edit.scales(masses, self.counts)
-        return scales if self.heads is None else torch.where(self.heads[None, :, None, None], scales, 1.0)
-
-    def apply(self, weights: Tensor, active: Tensor) -> Tensor:
-        """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]``."""
-        n = self.labels.shape[-1]
-        prompt, new = weights[..., :n], weights[..., n:]
-        masses = prompt @ self.members
-        masses[..., self.edit.generated] += new.sum(-1)
-        scales = torch.where(active, self.scales(masses), 1.0)
-        edited = prompt * (scales @ self.members.transpose(-1, -2))
-        if not new.shape[-1]:
-            return edited
-        return torch.cat([edited, new * scales[..., self.edit.generated, None]], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -89,12 +51,17 @@ def edit_decode(call: Call, edits: Sequence[Gated]) -> tuple[Tensor | None, int]
         output ``[B, 1, H, d]``, or None where no weight changes (the caller then runs the backend), and the number
         of (sample, head) pairs that were edited.
     """
+    if len(edits) == 1 and kernel.suits(edits[0][0], call):
+        return kernel.edit_decode(call, edits[0][0], edits[0][1])
     row = torch.zeros(1, dtype=torch.long, device=call.query.device)
-    weights = call.weights(row, maps=())
-    current = call.weights(row) if call.maps else weights
+    scores = call.scores(row)
+    weights = current = call.finish(scores, row).softmax(-1)
     for item, gate in edits:
         current = item.apply(current, gate[:, None, :, None])
-    edited = int(current.ne(weights).any(-1).sum())
+    touched = current.ne(weights).any(-1)
+    for mapped in call.maps:
+        touched |= mapped.gate[:, None]  # a map that acts changes every head
+    edited = int(touched.sum())
     if edited == 0:
         return None, 0
     return row_outputs(current, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), edited
@@ -110,6 +77,8 @@ def edit_rows(call: Call, out: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, 
     Returns:
         The output and the number of (sample, head, row) triples that were edited.
     """
+    if len(edits) == 1 and kernel.suits(edits[0][0], call):
+        return kernel.edit_rows(call, edits[0][0], edits[0][1], out)
     wanted = [m.gate for m in call.pending] + [gate for _, gate in edits]
     rows = torch.stack(wanted).any(0).any(0).nonzero()[:, 0] if wanted else torch.zeros(0)
     if rows.numel() == 0:
@@ -166,7 +135,9 @@ def _edit_fused(call: Call, out: Tensor, rows: Tensor, item: Labelled) -> tuple[
     """Plan P3: ``O' = s_0 O + sum_g (s_g - s_0) M_g O_g`` with (O_g, L_g) of the gathered segments, L of all keys."""
     edit, labels, counts = item.edit, item.labels, item.counts
     query = call.query.index_select(2, rows)
-    _, lse = segments.attend(call.query, call.key, call.value, call.scaling, causal=True)
+    lse = call.lse
+    if lse is None:
+        lse = segments.attend(call.query, call.key, call.value, call.scaling, causal=True)[1]
     lse = lse.index_select(2, rows)
     masses, outputs = [], []
     for g in range(1, edit.segments):

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Upper bound on the weights held at a time (elements); rows beyond it are worked off in chunks.
-CHUNK_ELEMENTS = 1 << 24
+# Upper bound on the weights held at a time (elements); rows beyond it are worked off in chunks. On the CPU a chunk
+# stays near the cache: larger ones wait for memory, and for its pages, in every pass over them.
+CHUNK_ELEMENTS = 1 << 21
+ACCELERATOR_CHUNKS = 8
 
 
 def row_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
@@ -45,6 +47,7 @@ def row_outputs(weights: Tensor, value: Tensor) -> Tensor:
 
 
 def chunks(rows: Tensor, batch: int, heads: int, keys: int) -> Iterator[Tensor]:
-    """Splits ``rows [R]`` so that one chunk's weights stay below ``CHUNK_ELEMENTS``."""
-    size = max(1, CHUNK_ELEMENTS // max(1, batch * heads * keys))
+    """Splits ``rows [R]`` so that one chunk's weights stay below the bound of their device."""
+    limit = CHUNK_ELEMENTS * (1 if rows.device.type == "cpu" else ACCELERATOR_CHUNKS)
+    size = max(1, limit // max(1, batch * heads * keys))
     yield from rows.split(size)

@@ -28,19 +28,11 @@ def attend(
         output ``[B, H, Q, d]`` and LSE fp32 ``[B, H, Q]``; rows that see no key give 0 and -inf.
     """
     b, h, q, _ = query.shape
-    n, groups = key.shape[2], h // key.shape[1]
+    n = key.shape[2]
     if n == 0:
         return query.new_zeros(query.shape), query.new_full((b, h, q), float("-inf"), dtype=torch.float32)
-    if mask is None and query.device.type == "cpu":
-        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=None, scale=scaling
-        )
-        return out, lse.float()
-    if mask is None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-        result = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)
-        return result[0], result[1][..., :q].float()
+    if mask is None and gives_lse(query):
+        return fused(query, key, value, scaling, causal)
     logits = row_logits(query, key, scaling)
     if causal:
         order = torch.arange(n, device=key.device)
@@ -52,6 +44,31 @@ def attend(
     lse = logits.logsumexp(-1)
     weights = (logits - torch.where(lse.isinf(), 0.0, lse)[..., None]).exp()
     return row_outputs(weights, value).to(query.dtype), lse
+
+
+def gives_lse(query: Tensor) -> bool:
+    """Whether a fused kernel of torch returns the LSE for queries of this kind."""
+    if query.device.type == "cpu":
+        return True
+    return query.is_cuda and query.shape[-1] % (4 if query.dtype == torch.float32 else 8) == 0
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """:func:`attend` by the very kernel that ``scaled_dot_product_attention`` takes, its LSE kept."""
+    if query.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=None, scale=scaling
+        )
+        return out, lse.float()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    if query.dtype == torch.float32:
+        result = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scaling
+        )
+    else:
+        result = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)
+    return result[0], result[1][..., : query.shape[2]].float()
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -30,36 +30,72 @@ def soften(call: Call, out: Tensor, images: Tensor, pairs: Pairs, sigma: float, 
     Returns:
         The output and the number of (sample, head, row) triples that were edited.
     """
-    rows = (images >= 0).any(0).nonzero()[:, 0]
-    if rows.numel() == 0 or sigma == 0:
+    if sigma == 0 or not bool((images >= 0).any()):
         return out, 0
-    batch, heads = call.query.shape[:2]
+    if call.lse is not None:
+        return _whole_images(call, call.lse, out, images, pairs, sigma, mode)
+    rows = (images >= 0).any(0).nonzero()[:, 0]
     order = torch.arange(call.keys, device=out.device)
-    lse = segments.attend(call.query, call.key, call.value, call.scaling, causal=True)[1] if call.plain else None
     result: Tensor | None = None
     edited = 0
     for part in rows.split(ROWS):
-        hidden = ~call.visible(part).expand(batch, -1, -1, -1)[:, 0]
+        hidden = ~call.visible(part).expand(len(out), -1, -1, -1)[:, 0]
         wanted = pairs(images[:, part], images) & hidden & (order[None] > part[:, None])
         active, columns = wanted.any(-1), wanted.any(0).any(0).nonzero()[:, 0]
         if columns.numel() == 0:
             continue
-        logits = _bare(call, part, columns).masked_fill(~wanted[:, None, :, columns], float("-inf"))
-        extra_lse = logits.logsumexp(-1)
-        weights = (logits - torch.where(extra_lse.isinf(), 0.0, extra_lse)[..., None]).exp()
-        extra_out = row_outputs(weights, call.value[:, :, columns])
-        seen_lse = call.logits(part).logsumexp(-1) if lse is None else lse.index_select(2, part)
         before = out[:, part].transpose(1, 2).float()
-        if mode == "weight":
-            extra_lse = extra_lse + math.log(sigma)
-        after, _ = segments.merge([(before, seen_lse), (extra_out, extra_lse)])
-        if mode == "output":
-            after = (1 - sigma) * before + sigma * after
+        extra = _masked(_bare(call, part, columns), wanted[:, None, :, columns], call.value[:, :, columns])
+        after = _merged(before, call.logits(part).logsumexp(-1), extra, sigma, mode)
         result = out.clone() if result is None else result
         new = torch.where(active[:, None, :, None], after, before).transpose(1, 2)
         result[:, part] = new.to(out.dtype)
-        edited += int(active.sum()) * heads
+        edited += int(active.sum()) * call.query.shape[1]
     return (out if result is None else result), edited
+
+
+def _whole_images(
+    call: Call, lse: Tensor, out: Tensor, images: Tensor, pairs: Pairs, sigma: float, mode: str
+) -> tuple[Tensor, int]:
+    """:func:`soften` of a plain causal call: rows of one image that gain the same keys run as one fused call."""
+    order = torch.arange(call.keys, device=out.device)
+    result, edited = out.clone(), 0
+    for row in range(len(out)):
+        for image in images[row].unique().tolist():
+            part = (images[row] == image).nonzero()[:, 0] if image >= 0 else order[:0]
+            wanted = pairs(images[row : row + 1, part], images[row : row + 1])[0] & (order > part[:, None])
+            active, columns = wanted.any(-1), wanted.any(0).nonzero()[:, 0]
+            if columns.numel() == 0:
+                continue
+            part, wanted = part[active], wanted[active][:, columns]
+            query = call.query[row : row + 1].index_select(2, part)
+            key, value = (x[row : row + 1].index_select(2, columns) for x in (call.key, call.value))
+            if bool(wanted.all()):
+                extra = segments.attend(query, key, value, call.scaling)
+            else:
+                extra = _masked(row_logits(query, key, call.scaling), wanted[None, None], value)
+            before = out[row : row + 1].index_select(1, part).transpose(1, 2).float()
+            after = _merged(before, lse[row : row + 1].index_select(2, part), extra, sigma, mode)
+            result[row, part] = after[0].transpose(0, 1).to(out.dtype)
+            edited += part.numel() * call.query.shape[1]
+    return result, edited
+
+
+def _masked(logits: Tensor, wanted: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and LSE over the wanted keys alone."""
+    logits = logits.masked_fill_(~wanted, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = logits.sub_(torch.where(lse.isinf(), 0.0, lse)[..., None]).exp_()
+    return row_outputs(weights, value), lse
+
+
+def _merged(before: Tensor, lse: Tensor, extra: tuple[Tensor, Tensor], sigma: float, mode: str) -> Tensor:
+    """Outputs of rows with the extra part let in."""
+    extra_out, extra_lse = extra
+    if mode == "weight":
+        extra_lse = extra_lse + math.log(sigma)
+    after, _ = segments.merge([(before, lse), (extra_out, extra_lse)])
+    return after if mode == "weight" else (1 - sigma) * before + sigma * after
 
 
 def _bare(call: Call, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,0 +1,29 @@
+"""What methods cost: paired, interleaved timings against the stock model on random weights.
+
+:func:`run_bench` compares one pruner and two edits with what their FLOPs allow, :func:`run_edits` measures every
+attention edit in prefill, decode and peak memory beside the eager way of reading attention.
+"""
+
+from __future__ import annotations
+
+from .edits import Case, Runner, Taken, edit_ticks, run_edits
+from .overview import CONTROL, SHAPES, ideal_ratio, run_bench, ticks
+from .report import print_report, tables
+from .setup import Request, Shape
+
+__all__ = [
+    "CONTROL",
+    "SHAPES",
+    "Case",
+    "Request",
+    "Runner",
+    "Shape",
+    "Taken",
+    "edit_ticks",
+    "ideal_ratio",
+    "print_report",
+    "run_bench",
+    "run_edits",
+    "tables",
+    "ticks",
+]

@@ -1,0 +1,409 @@
+"""Every attention edit against the stock model: prefill, decode, peak memory, beside attention read the eager way.
+
+Each round times every case once, in rotating order, with a stock run before the first, after the last and after every
+second one; a time is divided by the mean of the stock runs around it. A session that edits nothing is timed along:
+where it does not land within 5 % of stock, the run is void.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from .. import draft
+from ..registry import method
+from ..session import Session, attach
+from ..stages import Method
+from . import memory, overview, setup
+from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
+
+CONTROL = "noop control"
+EAGER = "eager, attentions returned"
+DECODE_BAR, MEMORY_BAR = 1.10, 1.05
+LAST_ROW_BAR = 1.03
+BETWEEN_STOCK = 2
+
+SHAPES = {
+    "deep": replace(overview.SHAPES["deep"], pictures=4),
+    "long": replace(overview.SHAPES["long"], pictures=4),
+}
+_7B = Shape(
+    "7b-640", layers=32, heads=32, kv_heads=32, visual=576, text=64, hidden=4096, inner=11008, pictures=4, words=32064
+)
+GPU_SHAPES = {"7b-640": _7B, "7b-2944": replace(_7B, name="7b-2944", visual=2880, pictures=5)}
+GPU_BARS = {"var": 1.10, "vhr": 1.02, "decode": 1.03}
+
+
+@dataclass
+class Taken:
+    """One run: seconds of the prefill, seconds per decoded token, and what was seen."""
+
+    prefill: float
+    decode: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    text_pass: float = 0.0
+
+
+class Runner(Protocol):
+    """A way of running the prompt and ``steps`` tokens."""
+
+    def __call__(
+        self, model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
+    ) -> Taken:
+        """One run."""
+
+
+@dataclass
+class Case:
+    """One row of the table.
+
+    Attributes:
+        bar: highest prefill ratio aimed at, None where none is set.
+        ours: a method of this package: the bars of decode and memory hold for it.
+        said: per-checkpoint data made up for the bench.
+    """
+
+    name: str
+    run: Runner
+    bar: float | None = None
+    ours: bool = True
+    said: str = ""
+    taken: list[Taken] = field(default_factory=list)
+    around: list[tuple[Taken, Taken]] = field(default_factory=list)
+    peak: int | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- the runs
+
+
+def stock_run(
+    model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float], **extra: Any
+) -> Taken:
+    """The prompt and ``steps`` tokens, with whatever is attached."""
+    start = now()
+    cache = setup.prefill(model, job, encode=True, **extra)
+    middle = now()
+    setup.decode(model, job, cache, steps, **extra)
+    return Taken(middle - start, (now() - middle) / steps)
+
+
+def eager_run(model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]) -> Taken:
+    """The whole model eager, with attention matrices returned."""
+    model.set_attn_implementation("eager")
+    try:
+        return stock_run(model, job, steps, now, output_attentions=True)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+class MethodRun:
+    """The same with a method attached; attaching itself and a draft are not timed."""
+
+    def __init__(self, chosen: Method):
+        self.method = chosen
+        self.drafted: draft.Drafted | None = None
+
+    def __call__(
+        self, model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
+    ) -> Taken:
+        with attach(model, self.method) as session:
+            if session.edits.drafting is not None:
+                session._drafted = self.drafted = self.drafted or _draft(session, model, job)
+            taken = stock_run(model, job, steps, now)
+            taken.facts = _facts(session)
+            taken.text_pass = session.last.times.get("text_stream_s", 0.0)
+        return taken
+
+
+def _draft(session: Session, model: LlavaForConditionalGeneration, job: Request) -> draft.Drafted:
+    _, edit = session.edits.drafting or (0, None)
+    if edit is None:
+        raise ValueError("nothing drafts")
+    layers = session.edits.layers[session.edits.drafting[0]] if session.edits.drafting else frozenset()
+    inputs = {"input_ids": job.ids, "pixel_values": job.pixels}
+    return draft.run(session, edit, layers, functools.partial(type(model).generate, model), (), inputs)
+
+
+def _facts(session: Session) -> dict[str, Any]:
+    last = session.last
+    scaled = {layer: int((factors[0] != 1).sum()) for (_, layer), factors in last.factors.items()}
+    return {
+        "edited_rows_per_layer": {str(layer): n for layer, n in last.edited.items()},
+        "scaled_heads_per_layer": {str(layer): n for layer, n in scaled.items()},
+        "biased_layers": sorted(layer for _, layer in last.biases),
+        "mapped_layers": sorted(layer for (_, layer), m in last.maps.items() if m.scale is not None),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ the cases
+
+
+def cases(shape: Shape, tau: float, gpu: bool = False) -> list[Case]:
+    """Control, every edit method with stated data where it needs some, and the eager way."""
+    layers, heads = range(shape.layers), shape.heads
+    one_each = [[layer, (5 * layer + 1) % heads] for layer in layers]
+    half = [[layer, head] for layer in layers for head in range(0, heads, 2)]
+    upper = [pair for pair in one_each if pair[0] >= shape.layers // 2]
+    middle = max(1, shape.layers // 3)
+
+    def case(name: str, bar: float | None = None, said: str = "", label: str = "", **params: Any) -> Case:
+        bar = GPU_BARS.get(name) if gpu else bar
+        return Case(label or name, MethodRun(method(name, **params)), bar, said=said)
+
+    return [
+        case("noop", label=CONTROL),
+        case("var", 1.10, f"sink dimensions {SINK_DIMS}, tau {tau:.2f}", sink_dims=SINK_DIMS, tau=tau),
+        case("zerotuning", 1.10, "gamma 2 in every second head", gamma=2.0, heads=half),
+        case("sofa", 1.25),
+        case("act", 1.35, "every head of layers 2..L-2, alpha 3", heads="all", alpha=3.0),
+        case("pai", LAST_ROW_BAR, "logit part", gamma=1.0),
+        case("paint", LAST_ROW_BAR),
+        case(
+            "gift", LAST_ROW_BAR, f"map from layer {middle}, every layer behind it edited", saliency_layer=middle,
+            enhance_layers=list(layers)[middle + 1 :], content_only=False, suffix_tokens=1,
+        ),
+        case("adhh", LAST_ROW_BAR, "one head per upper layer, always cut", heads=upper, threshold=0.0),
+        case("ilvad", LAST_ROW_BAR, "its draft apart"),
+        case(
+            "head_gate", LAST_ROW_BAR, "one head per layer", "head_gate block", heads=one_each, mode="block"
+        ),
+        case("head_gate", None, "one head per layer", "head_gate amplify", heads=one_each),
+        case("vaf"),
+        case("vas_boost"),
+        case("vhr"),
+        Case(EAGER, eager_run, ours=False),
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- timing
+
+
+def _clock(clock: str, device: str) -> Callable[[], float]:
+    if device != "cuda":
+        return CLOCKS[clock]
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return CLOCKS[clock]()
+
+    return now
+
+
+def _round(found: list[Case], stock: Callable[[], Taken], run: Callable[[Case], Taken]) -> None:
+    """Times every case once, with stock runs around every ``BETWEEN_STOCK`` of them."""
+    before = stock()
+    for start in range(0, len(found), BETWEEN_STOCK):
+        group = found[start : start + BETWEEN_STOCK]
+        taken = [run(case) for case in group]
+        after = stock()
+        for case, one in zip(group, taken, strict=True):
+            case.taken.append(one)
+            case.around.append((before, after))
+        before = after
+
+
+def bench_shape(
+    shape: Shape,
+    rounds: int,
+    steps: int,
+    clock: str = "wall",
+    device: str = "cpu",
+    peers: Sequence[Case] = (),
+    only: Sequence[str] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measures one shape; see :func:`run_edits`."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with setup.quiet(1 if device == "cpu" else None):
+        model = setup.build(shape, device=device, dtype=dtype)
+        job = setup.request(model, shape)
+        tau = setup.sink_threshold(model, job)
+        found = cases(shape, tau, gpu=device == "cuda")
+        found = [*_chosen(found, only), *(replace(peer, taken=[], around=[]) for peer in peers)]
+        now = _clock(clock, device)
+
+        def run(case: Case) -> Taken:
+            tick()
+            return case.run(model, job, steps, now)
+
+        def stock() -> Taken:
+            return stock_run(model, job, steps, now)
+
+        bytes_of_stock = memory.peak(lambda: stock_run(model, job, 2, now), device)
+        for case in found:
+            case.peak = memory.peak(functools.partial(case.run, model, job, 2, now), device)
+            tick()
+        stock()
+        for case in found:
+            run(case)
+        for number in range(rounds):
+            first = number * BETWEEN_STOCK % len(found)
+            _round(found[first:] + found[:first], stock, run)
+        answers = whole_answers(model, job, steps, now, min(rounds, 3)) if not only else []
+    return _report(shape, found, bytes_of_stock, answers, device)
+
+
+def _chosen(found: list[Case], only: Sequence[str]) -> list[Case]:
+    names = {case.name.split()[0] for case in found}
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"unknown edit {unknown[0]!r}: choose from {', '.join(sorted(names - {'noop', 'eager,'}))}")
+    wanted = (*only, *CONTROL.split()[:1], *EAGER.split()[:1])
+    return [case for case in found if not only or case.name.split()[0] in wanted]
+
+
+def whole_answers(
+    model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float], rounds: int
+) -> list[dict[str, Any]]:
+    """Seconds of a whole answer through ``generate`` for the methods that pass over the prompt more than once."""
+    extra = {"vhr": "a text-only prefill", "pai": "a text-only second stream", "ilvad": "a draft of 10 tokens"}
+    seconds: dict[str, list[float]] = {"stock": [], **{name: [] for name in extra}}
+
+    def answer(name: str) -> float:
+        start = now()
+        model.generate(
+            input_ids=job.ids, pixel_values=job.pixels, max_new_tokens=steps + 1, min_new_tokens=steps + 1,
+            do_sample=False,
+        )  # fmt: skip
+        return now() - start
+
+    for _ in range(rounds):
+        seconds["stock"].append(answer("stock"))
+        for name in extra:
+            with attach(model, method(name)):
+                seconds[name].append(answer(name))
+    return [
+        {"method": name, "extra": extra.get(name, ""), "tokens": steps + 1, **setup.spread(taken, seconds["stock"])}
+        for name, taken in seconds.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+
+def _report(
+    shape: Shape, found: list[Case], stock_peak: int | None, answers: list[dict[str, Any]], device: str
+) -> dict[str, Any]:
+    rows = [_row(case, stock_peak, device) for case in found]
+    control = rows[0]
+    off = max(abs(control["prefill"]["ratio"] - 1), abs(control["decode"]["ratio"] - 1))
+    around = [taken for case in found for pair in case.around for taken in pair]
+    return {
+        "shape": asdict(shape),
+        "stock": {
+            "prefill_s": statistics.median(t.prefill for t in around),
+            "decode_s": statistics.median(t.decode for t in around),
+            "peak_bytes": stock_peak,
+        },
+        "rows": rows,
+        "answers": answers,
+        "memory": memory.HOW[device] if stock_peak is not None else "not measured: no /proc here",
+        "control_off_by": off,
+        "valid": off <= CONTROL_TOLERANCE,
+    }
+
+
+def _row(case: Case, stock_peak: int | None, device: str) -> dict[str, Any]:
+    def ratio(read: Callable[[Taken], float]) -> dict[str, float]:
+        values = [read(taken) for taken in case.taken]
+        pairs = zip(values, case.around, strict=True)
+        unit = _prefill if read is _bare_prefill else read
+        ratios = [value / statistics.fmean(map(unit, pair)) for value, pair in pairs]
+        return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
+
+    decode_bar = None if not case.ours else GPU_BARS["decode"] if device == "cuda" else DECODE_BAR
+    row: dict[str, Any] = {
+        "case": case.name,
+        "data": case.said,
+        "prefill": {**ratio(_prefill), "bar": case.bar},
+        "decode": {**ratio(_decode), "bar": decode_bar},
+        "memory": {
+            "peak_bytes": case.peak,
+            "ratio": case.peak / stock_peak if case.peak and stock_peak else None,
+            "bar": MEMORY_BAR if case.ours else None,
+        },
+        "facts": case.taken[-1].facts,
+    }
+    if any(taken.text_pass for taken in case.taken):
+        row["text_only_pass_s"] = statistics.median(taken.text_pass for taken in case.taken)
+        row["prefill_without_text_pass"] = {**ratio(_bare_prefill), "bar": case.bar}
+        row["prefill"]["bar"] = None
+    return row
+
+
+def _prefill(taken: Taken) -> float:
+    return taken.prefill
+
+
+def _bare_prefill(taken: Taken) -> float:
+    return taken.prefill - taken.text_pass
+
+
+def _decode(taken: Taken) -> float:
+    return taken.decode
+
+
+def run_edits(
+    shapes: Sequence[str] = (),
+    *,
+    rounds: int = 5,
+    steps: int = 12,
+    clock: str = "wall",
+    gpu: bool = False,
+    peers: Sequence[Case] = (),
+    only: Sequence[str] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measures every attention edit on the named shapes.
+
+    Args:
+        shapes: names out of `SHAPES` (`GPU_SHAPES` with ``gpu``); all of them by default.
+        rounds: timed rounds per shape, after one that warms up.
+        steps: decode steps per run.
+        clock: `"wall"` is the protocol; `"cpu"` counts this process only.
+        gpu: LLaVA-1.5-7B shapes in bf16 on the CUDA device, instead of fp32 on one CPU thread.
+        peers: further cases timed in the same rounds.
+        only: these methods alone (with control and the eager way), without whole answers.
+        tick: called `edit_ticks(...)` times in all.
+
+    Returns:
+        JSON-ready dict: `env`, `protocol`, `shapes` (stock, rows, answers, control), `valid`.
+
+    Raises:
+        ValueError: unknown shape, method or clock, an empty protocol, or no CUDA device for ``gpu``.
+    """
+    known = GPU_SHAPES if gpu else SHAPES
+    unknown = [name for name in shapes if name not in known]
+    if unknown:
+        raise ValueError(f"unknown bench shape {unknown[0]!r}: choose from {', '.join(known)}")
+    if clock not in CLOCKS:
+        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
+    if rounds < 1 or steps < 1:
+        raise ValueError(f"rounds={rounds} and steps={steps} must both be at least 1")
+    if gpu and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: leave out the GPU option, or run this on a machine with a GPU")
+    device = "cuda" if gpu else "cpu"
+    env = setup.environment(device, torch.bfloat16 if gpu else torch.float32)
+    results = [
+        bench_shape(known[name], rounds, steps, clock, device, peers, only, tick) for name in shapes or list(known)
+    ]
+    return {
+        "format": 1,
+        "bench": "edits",
+        "env": env,
+        "protocol": {"rounds": rounds, "decode_steps": steps, "threads": 1, "clock": clock, "warm_up_rounds": 1},
+        "shapes": results,
+        "valid": all(result["valid"] for result in results),
+    }
+
+
+def edit_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = (), peers: int = 0) -> int:
+    """How often `run_edits` calls `tick`."""
+    each = len(_chosen(cases(SHAPES["long"], 1.0), only)) + peers
+    return (len(shapes) or 2) * (rounds + 2) * each
