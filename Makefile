@@ -11,13 +11,13 @@ CONFIG ?= eval_configs/quickstart.yaml
 PYTEST_ARGS ?= -n 2 --dist loadfile
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False
 
-.PHONY: help install quickstart test test-browser test-matrix test-oldest test-gpu style quality docs bench demo
+.PHONY: help install install-oldest quickstart test test-browser test-matrix test-oldest test-gpu style quality docs bench demo
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart  install, run $(CONFIG), print the table and where the report lies"
-	@echo "make test        the whole test suite on the CPU, without network"
-	@echo "make test-browser  the visit of the demo page in chromium"
+	@echo "make test        the whole test suite on the CPU, without network; the demo page in chromium at its end"
+	@echo "make test-browser  the visit of the demo page alone"
 	@echo "make test-matrix every method on every model family and backend; rewrites docs/support.md"
 	@echo "make test-oldest the family tests with the oldest supported transformers"
 	@echo "make test-gpu    the tests that need a CUDA device"
@@ -42,11 +42,13 @@ install: $(STAMP)
 quickstart: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/vlm-attn eval $(CONFIG)
 
+# The visit of the demo page comes last and alone: a browser beside two busy workers only waits for them.
 test: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not hub and not browser" $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-browser
 
 test-browser: $(STAMP)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/test_demo_browser.py
 
 test-matrix: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m vlm_attn.families.matrix
@@ -56,6 +58,8 @@ $(OLDEST)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --target $(OLDEST) \
 		transformers==$(OLDEST_TRANSFORMERS) "huggingface_hub<2"
 	@touch $@
+
+install-oldest: $(OLDEST)/.installed
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) \
