@@ -145,13 +145,20 @@ class Paint(Logits):
 
     def run(self, ids: Tensor, features: Tensor | None, forced: list[int] | Tensor = ()) -> Tensor:
         """See `Dense.run`; the tokens are chosen before the decoder starts."""
+        self.choose(encoder_maps(self.model, self.pixels))
+        return super().run(ids, features, forced)
+
+    def choose(self, maps: list[Tensor], class_token: bool = True) -> None:
+        """Boosts of the visual tokens from the encoder's attention `[images, heads, n, n]` of every layer; without
+        class token, what all patches pay stands in for what it pays."""
         self.margin = 1.0
-        maps = encoder_maps(self.model, self.pixels)
         first, last = (maps[layer] for layer in self.encoder_layers)
+        start = int(class_token)
         per_image = []
-        for image in range(len(self.pixels)):
-            cls_local, cls_summary = first[image, :, 0, 1:].sum(0), last[image, :, 0, 1:].sum(0)
-            received = first[image].mean(0)[1:, 1:].sum(0)
+        for image in range(len(first)):
+            received, late = (m[image].sum(0)[start:, start:].sum(0) for m in (first, last))
+            cls_local = first[image, :, 0, 1:].sum(0) if class_token else received
+            cls_summary = last[image, :, 0, 1:].sum(0) if class_token else late
             n = len(cls_local)
             local = self.best(cls_local, int(self.ratios[0] * n)) | self.best(received, int(self.ratios[1] * n))
             ordered = sorted(float(v) for v in cls_summary)
@@ -161,7 +168,6 @@ class Paint(Logits):
             summary = self.best(cls_summary, sum(v > limit for v in ordered))
             per_image.append([self.beta if j in summary else self.alpha if j in local else 0.0 for j in range(n)])
         self.boost = torch.tensor(per_image).flatten()
-        return super().run(ids, features, forced)
 
     def best(self, values: Tensor, count: int) -> set[int]:
         """Indices of the `count` largest."""

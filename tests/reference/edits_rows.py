@@ -56,21 +56,24 @@ class Gift(Dense):
 
     def run(self, ids: Tensor, features: Tensor | None, forced: list[int] | Tensor = ()) -> Tensor:
         """See `Dense.run`; the map comes from a pass of its own without the last prompt token."""
+        plain = Map(self.model, self.source)
+        plain.run(ids[:-1], features)
+        self.prepare(ids, plain.map)
+        return super().run(ids, features, forced)
+
+    def prepare(self, ids: Tensor, attention: Tensor) -> None:
+        """Saliency from the unedited attention `[H, n, n]` of the source layer."""
         self.margin = 1.0
         visual = self.find_visual(ids)
         end = int(visual.nonzero()[-1, 0]) + 1
         default = list(range(end, len(ids) - self.suffix))
         self.question = default if self.given_question is None else self.given_question
         content = self.question if self.given is None else self.given
-        plain = Map(self.model, self.source)
-        plain.run(ids[:-1], features)
-        shift = torch.stack([
-            (plain.map[:, i][:, visual[:-1]] - plain.map[:, i - 1][:, visual[:-1]]).clamp(min=0) for i in content
-        ])  # fmt: skip
+        looked = attention[:, :, visual[: attention.shape[2]]]
+        shift = torch.stack([(looked[:, i] - looked[:, i - 1]).clamp(min=0) for i in content])
         heads, gap = top_heads([float(shift[:, h].sum()) for h in range(self.heads)], self.fraction)
         self.margin = min(self.margin, gap)
         self.saliency = normalised(shift[:, heads].mean((0, 1)), self.sigma)
-        return super().run(ids, features, forced)
 
     def edit_weights(self, layer: int, weights: Tensor, prefill: bool) -> Tensor:
         """Only the last row."""
@@ -132,20 +135,25 @@ class Ilvad(Dense):
         self.fraction, self.prompt_row = head_fraction, prompt_row
 
     def run(self, ids: Tensor, features: Tensor | None, forced: list[int] | Tensor = ()) -> Tensor:
-        """See `Dense.run`."""
-        self.margin = 1.0
-        visual = self.find_visual(ids).nonzero()[:, 0].tolist()
+        """See `Dense.run`; the draft is a run of its own."""
         look = Look(self.model, self.layers)
         look.draft(ids, features, self.count)
+        self.prepare(ids, look.prompt, look.steps)
+        return super().run(ids, features, forced)
+
+    def prepare(self, ids: Tensor, prompt: dict[int, Tensor], steps: list[dict[int, Tensor]]) -> None:
+        """Evidence from an unedited draft: head-mean weights of the prompt, weights `[H, keys]` of every step."""
+        self.margin = 1.0
+        visual = self.find_visual(ids).nonzero()[:, 0].tolist()
         attention = []
         for layer in self.layers:
             total = torch.zeros(len(visual))
-            for step in look.steps:
+            for step in steps:
                 row = step[layer]
                 heads, gap = top_heads([float(row[h, visual].sum()) for h in range(self.heads)], self.fraction)
                 self.margin = min(self.margin, gap)
                 total += row[heads][:, visual].mean(0)
-            attention.append(total / len(look.steps))
+            attention.append(total / len(steps))
         evidence = torch.zeros(len(visual))
         for j in range(len(visual)):
             flags = []
@@ -159,9 +167,8 @@ class Ilvad(Dense):
                 evidence[j] = 0
         self.evidence = normalised(evidence, 3.0)
         self.behind = list(range(visual[-1] + 1, len(ids)))
-        self.paid = [sum(float(look.prompt[n][i, visual] @ self.evidence) for n in self.layers) for i in self.behind]
+        self.paid = [sum(float(prompt[n][i, visual] @ self.evidence) for n in self.layers) for i in self.behind]
         self.start = len(ids)
-        return super().run(ids, features, forced)
 
     def edit_weights(self, layer: int, weights: Tensor, prefill: bool) -> Tensor:
         """Only the last row."""
