@@ -42,7 +42,7 @@ def assemble(
             rows = recorder.samples(digest, task)
             times[label][task] = latency(recorder.timings(digest, task), config.warmup)
             kept[label][task] = kept_tokens(rows)
-            rater = rater_for(task, config.parser)
+            rater = rater_for(task, config.parser, config.data_of(benchmark))
             if rater is None or not rows:
                 continue
             scores[label][task] = rater.score(rows, **options)

@@ -1,8 +1,10 @@
-"""The benchmarks that ship with the package (any other lmms-eval task may be named in a config as well)."""
+"""The benchmarks that run offline (any other lmms-eval task may be named in a config as well)."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+
+from vlm_attn.evaluation.local_docs import PREFIX, kind_of, names
 
 __all__ = ["BenchmarkRow", "benchmarks"]
 
@@ -21,7 +23,7 @@ class BenchmarkRow:
 
 
 def benchmarks() -> list[BenchmarkRow]:
-    """Benchmarks that run offline, on pictures of the procedural world."""
+    """Benchmarks that run offline: on pictures of the procedural world, or from the user's own folders."""
     pope = "POPE on 500 pictures x 6 existence questions; absent objects "
     return [
         BenchmarkRow("scenes_pope_random", "pope", 3000, pope + "drawn uniformly"),
@@ -29,4 +31,18 @@ def benchmarks() -> list[BenchmarkRow]:
         BenchmarkRow("scenes_pope_adversarial", "pope", 3000, pope + "that go with a present one most often"),
         BenchmarkRow("scenes_chair", "chair", 500, "CHAIR on 500 descriptions, with recall and length"),
         BenchmarkRow("scenes_mme", "mme", 240, "MME-style yes/no pairs: existence, count, position, colour"),
+        *(BenchmarkRow(name, kind_of(name), *_local(name)) for name in names()),
     ]
+
+
+def _local(name: str) -> tuple[int, str]:
+    """Size and summary of a published benchmark that is read from the user's folders."""
+    parts = name.removeprefix(PREFIX).split("_")
+    if parts[0] == "pope":
+        return (2910 if parts[-1] == "2910" else 3000), f"POPE, {parts[1]} pictures, {parts[2]}; from local folders"
+    return {
+        "chair": (500, "CHAIR on COCO val2014, a published list of images; from local folders"),
+        "mme": (240, "MME, the categories of the question file; from local folders"),
+        "amber_g": (1004, "AMBER, descriptions; from local folders"),
+        "amber_d": (14216, "AMBER, yes/no questions; from local folders"),
+    }["_".join(parts)]

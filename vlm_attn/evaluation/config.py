@@ -20,6 +20,7 @@ from vlm_attn.evaluation.matching import unknown_name
 __all__ = ["BenchmarkEntry", "ConfigError", "EvalConfig", "MethodEntry", "load_config"]
 
 BASELINE = "baseline"
+LOCAL_KEYS = ("data", "images", "ids", "prompt")
 _MAX_CONFIG_BYTES = 1_000_000
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=,\- ]{0,63}")
 _TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]{0,99}")
@@ -107,12 +108,21 @@ class MethodEntry(_Named):
 
 
 class BenchmarkEntry(_Named):
-    """One benchmark: an lmms-eval task name, and how many of its samples (``limit``; default: the config's)."""
+    """One benchmark: an lmms-eval task name, and how many of its samples (``limit``; default: the config's).
+
+    Benchmarks from local folders (names with ``local_``, see ``vlm-attn ls benchmarks``) also take ``data`` and
+    ``images`` (default: the config's), ``ids`` (CHAIR's images: a published list by name, or a JSON file) and
+    ``prompt`` (what follows a yes/no question: llava, plain, vcd, clearsight or mme).
+    """
 
     _expected: ClassVar[str] = "A benchmark is a task name or a mapping with name/limit"
 
     name: str
     limit: int | None = Field(default=None, ge=1)
+    data: str | None = None
+    images: str | None = None
+    ids: str | None = None
+    prompt: str | None = None
 
     @field_validator("name")
     @classmethod
@@ -123,6 +133,22 @@ class BenchmarkEntry(_Named):
             )
         return name
 
+    @model_validator(mode="after")
+    def _local_keys(self) -> BenchmarkEntry:
+        from vlm_attn.evaluation.local_docs import SUFFIXES, kind_of
+
+        if self.is_local:
+            kind_of(self.name)
+            if self.prompt is not None and self.prompt not in SUFFIXES:
+                raise ValueError(unknown_name("prompt", self.prompt, SUFFIXES))
+        elif given := [key for key in LOCAL_KEYS if getattr(self, key) is not None]:
+            raise ValueError(f"{', '.join(given)}: only benchmarks from local folders (local_...) take this.")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        return self.name.startswith("local_")
+
 
 class EvalConfig(_Strict):
     """A whole evaluation: model x methods x benchmarks.
@@ -130,6 +156,7 @@ class EvalConfig(_Strict):
     - ``model``: hub id, local folder, or ``scenes`` (the checkpoint that ships with the package).
     - ``methods``: see `MethodEntry`. The baseline is always run, and first: everything is compared with it.
     - ``benchmarks``: see `BenchmarkEntry`; ``limit`` caps all of them unless they have their own.
+    - ``data``, ``images``: folders of the published question files and pictures, for benchmarks named ``local_...``.
     - ``batch_size``: above 1 latency is per batch, and methods that rewrite the request are still asked one by one.
     - ``seed``: of every sample (mixed with task and sample id, so it does not depend on order or resuming).
     - ``dtype``, ``device``, ``attention``: passed when the model is loaded; ``threads``: CPU threads of torch.
@@ -144,6 +171,8 @@ class EvalConfig(_Strict):
     methods: tuple[MethodEntry, ...] = (MethodEntry(name=BASELINE),)
     benchmarks: tuple[BenchmarkEntry, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)
+    data: str = "data"
+    images: str = "data/images"
     batch_size: int = Field(default=1, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, lt=2**31)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
@@ -182,6 +211,12 @@ class EvalConfig(_Strict):
     def limit_of(self, benchmark: BenchmarkEntry) -> int | None:
         return benchmark.limit if benchmark.limit is not None else self.limit
 
+    def data_of(self, benchmark: BenchmarkEntry) -> str | None:
+        return (benchmark.data or self.data) if benchmark.is_local else None
+
+    def images_of(self, benchmark: BenchmarkEntry) -> str | None:
+        return (benchmark.images or self.images) if benchmark.is_local else None
+
     def answer_key(self) -> dict[str, Any]:
         """The settings that change what the model answers; two runs may share a folder only if these agree."""
         return {
@@ -193,7 +228,12 @@ class EvalConfig(_Strict):
         """Plain data of the whole config, every default filled in; `build_config` reads it back."""
         data: dict[str, Any] = json.loads(self.model_dump_json())
         data["methods"] = [m.plain() for m in self.methods]
-        data["benchmarks"] = [{"name": b.name, "limit": self.limit_of(b)} for b in self.benchmarks]
+        data["benchmarks"] = [
+            {"name": b.name, "limit": self.limit_of(b)}
+            | ({"data": self.data_of(b), "images": self.images_of(b), "ids": b.ids, "prompt": b.prompt}
+               if b.is_local else {})
+            for b in self.benchmarks
+        ]  # fmt: skip
         return data
 
 

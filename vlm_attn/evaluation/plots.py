@@ -36,7 +36,7 @@ STYLE = {
     "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "svg.hashsalt": "vlm-attn",
     "svg.fonttype": "path", "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
 }  # fmt: skip
-TITLES = {"pope": "POPE", "chair": "CHAIR", "mme": "MME"}
+TITLES = {"pope": "POPE", "chair": "CHAIR", "mme": "MME", "amber": "AMBER", "coco": "COCO", "gqa": "GQA"}
 
 
 def is_control(results: Mapping[str, Any], label: str) -> bool:
@@ -68,7 +68,7 @@ def tasks_of(results: Mapping[str, Any], kind: str) -> list[str]:
 
 def short(task: str) -> str:
     """A task name as a panel title."""
-    words = task.removeprefix("scenes_").split("_")
+    words = task.removeprefix("scenes_").removeprefix("local_").split("_")
     return " ".join(TITLES.get(word, word) for word in words)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation import tables
+from vlm_attn.evaluation.local_docs import Pictures
 from vlm_attn.evaluation.plots import all_plots, colours, is_control, short
 from vlm_attn.evaluation.recorder import RunRecorder
 from vlm_attn.evaluation.store import write_text
 from vlm_attn.evaluation.summary import Rater, flips, rater_for
+from vlm_attn.images import load_image
 
 __all__ = ["build_report", "write_report"]
 
@@ -110,7 +112,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         names = tables.METRICS[first["kind"]]
         compared = tables.COMPARED[first["kind"]]
         heads = ["method", *(tables.title(name) for name in names), f"Δ {tables.title(compared)} [95 %]"]
-        heads += ["McNemar p"] if first["kind"] != "chair" else ["p"]
+        heads += ["McNemar p"] if first["kind"] not in ("chair", "amber_g") else ["p"]
         heads += ["tokens kept", "1st token", "per token", "total ms", "p90"]
         lines = []
         for label, score in rows.items():
@@ -156,12 +158,12 @@ def _flips(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     for label in results["paired"]:
         cards = []
         for benchmark in results["config"]["benchmarks"]:
-            rater = rater_for(benchmark["name"], results["config"]["parser"])
+            rater = rater_for(benchmark["name"], results["config"]["parser"], benchmark.get("data"))
             if rater is None:
                 continue
             before = recorder.samples(baseline, benchmark["name"])
             after = recorder.samples(results["method"][label]["hash"], benchmark["name"])
-            cards += [_card(benchmark["name"], rater, *pair) for pair in flips(rater, before, after, most=2)]
+            cards += [_card(benchmark, rater, *pair) for pair in flips(rater, before, after, most=2)]
         if cards:
             blocks.append(f"<h3>{escape(label)}</h3><div class='flips'>{''.join(cards[:6])}</div>")
     body = "".join(blocks) or "<p class='note'>None: no method turned a right answer into a wrong one.</p>"
@@ -171,11 +173,11 @@ def _flips(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     )
 
 
-def _card(task: str, rater: Rater, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    doc = before["doc"]
+def _card(benchmark: Mapping[str, Any], rater: Rater, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    doc, task = before["doc"], benchmark["name"]
     truth = ", ".join(doc["truth"]) if "truth" in doc else str(doc.get("label", doc.get("answer", "")))
     return (
-        f"<div class='flip'>{_picture(task, doc)}<div><p class='who'>{escape(short(task))}, sample "
+        f"<div class='flip'>{_picture(benchmark, doc)}<div><p class='who'>{escape(short(task))}, sample "
         f"{before['doc_id']}</p><p>{escape(before['prompt'][:300])}</p><p>truth: <b>{escape(truth)}</b></p>"
         f"<p>baseline: {_answer(before, rater)}</p><p>method: {_answer(after, rater)}</p></div></div>"
     )
@@ -184,25 +186,28 @@ def _card(task: str, rater: Rater, before: Mapping[str, Any], after: Mapping[str
 def _answer(row: Mapping[str, Any], rater: Rater) -> str:
     """The answer, hallucinated objects marked."""
     text = escape(row["text"].strip()[:400]) or "<i>(empty)</i>"
-    if rater.kind != "chair":
-        return text
-    from vlm_attn.evaluation.chair import count_caption
-    from vlm_attn.evaluation.scenes_docs import object_words
-
-    bad = sorted(set(count_caption(row["text"], row["doc"]["truth"], object_words()).hallucinated))
+    bad = rater.mistakes(row)
     return f"{text} <span class='bad'>({escape(', '.join(bad))} not there)</span>" if bad else text
 
 
-def _picture(task: str, doc: Mapping[str, Any]) -> str:
-    """The sample's picture as an inline PNG, where the package can draw it."""
-    if not task.startswith("scenes_"):
-        return ""
-    from vlm_attn.evaluation.scenes_docs import picture
+def _picture(benchmark: Mapping[str, Any], doc: Mapping[str, Any]) -> str:
+    """The sample's picture inline, where it can be drawn or lies in a local folder."""
+    if benchmark["name"].startswith("scenes_"):
+        from vlm_attn.evaluation.scenes_docs import picture
 
+        shown, kind = picture(doc), "png"
+    elif benchmark.get("images"):
+        path = Pictures(Path(benchmark["images"])).find(doc["image"], doc.get("category"))
+        if path is None:
+            return ""
+        shown, kind = load_image(path), "jpeg"
+        shown.thumbnail((336, 336))
+    else:
+        return ""
     buffer = io.BytesIO()
-    picture(doc).save(buffer, format="PNG", optimize=True)
+    shown.save(buffer, format=kind.upper(), optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='the picture' src='data:image/png;base64,{data}'>"
+    return f"<img alt='the picture' src='data:image/{kind};base64,{data}'>"
 
 
 def _parsers(results: Mapping[str, Any]) -> str:

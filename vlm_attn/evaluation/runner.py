@@ -29,7 +29,7 @@ from rich.console import Console
 from vlm_attn.evaluation import environment
 from vlm_attn.evaluation.answers import plain
 from vlm_attn.evaluation.assemble import HARNESS_KEYS, assemble
-from vlm_attn.evaluation.config import ConfigError, EvalConfig, MethodEntry, load_config, method_hash
+from vlm_attn.evaluation.config import BenchmarkEntry, ConfigError, EvalConfig, MethodEntry, load_config, method_hash
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.progress import RunProgress, terminal
 from vlm_attn.evaluation.ranks import Order, Rank, ShareDone, gather, hidden, rank_folder, sort_files
@@ -106,10 +106,11 @@ class RunResult:
 
 
 def validate_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Check a config without running it (methods and benchmarks included) and return it with every default."""
+    """Check a config without running it and return it with every default. Methods and benchmarks are looked up; files
+    of local benchmarks are not opened."""
     config = load_config(path, overrides)
     _describe_all(config, VlmBackend())
-    _check_benchmarks(config)
+    _check_benchmarks(config, files=False)
     return config.resolved()
 
 
@@ -293,9 +294,9 @@ def local_tasks() -> list[str]:
     return sorted(path.stem for path in TASK_FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def _check_benchmarks(config: EvalConfig) -> None:
+def _check_benchmarks(config: EvalConfig, files: bool = True) -> None:
     local = local_tasks()
-    others = [entry.name for entry in config.benchmarks if entry.name not in local]
+    others = [entry.name for entry in config.benchmarks if entry.name not in local and not entry.is_local]
     for name in others:
         if name.startswith("scenes"):
             raise ConfigError(unknown_name("benchmark", name, local))
@@ -304,6 +305,21 @@ def _check_benchmarks(config: EvalConfig) -> None:
         for name in others:
             if name not in known:
                 raise ConfigError(unknown_name("benchmark", name, known))
+
+    for entry in config.benchmarks:
+        if files and entry.is_local:
+            task = _task(config, entry)
+            task.pictures.check(task.documents[: config.limit_of(entry)])
+
+
+def _task(config: EvalConfig, benchmark: BenchmarkEntry) -> Any:
+    """What lmms-eval is asked to run: a task's name, or a task object for a benchmark from local folders."""
+    if not benchmark.is_local:
+        return benchmark.name
+    from vlm_attn.evaluation.local_tasks import build
+
+    return build(benchmark.name, str(config.data_of(benchmark)), str(config.images_of(benchmark)), benchmark.ids,
+                 benchmark.prompt)  # fmt: skip
 
 
 def _task_manager(*, defaults: bool) -> Any:
@@ -325,7 +341,7 @@ def _run_methods(
     methods that could not be finished."""
     from vlm_attn.evaluation.lmms import VlmAttnChat
 
-    manager = _task_manager(defaults=any(b.name not in local_tasks() for b in config.benchmarks))
+    manager = _task_manager(defaults=any(b.name not in local_tasks() and not b.is_local for b in config.benchmarks))
     harness: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     with RunProgress(console, len(config.methods)) as progress:
@@ -349,7 +365,7 @@ def _run_methods(
                     progress.title = f"{entry.label}: {benchmark.name}"
                     with _harness_output(folder), contextlib.suppress(ShareDone):
                         limit = config.limit_of(benchmark)
-                        _merge(merged, _evaluate(chat, benchmark.name, limit, config.seed, manager))
+                        _merge(merged, _evaluate(chat, _task(config, benchmark), limit, config.seed, manager))
             except Exception as error:  # one method's failure must not cost the others' results
                 logger.debug("method %s failed", entry.label, exc_info=True)
                 if entry.is_baseline or isinstance(error, ConfigError | OSError):  # OSError: the disk, not the method
@@ -361,7 +377,7 @@ def _run_methods(
     return harness, failed
 
 
-def _evaluate(chat: Any, task: str, limit: int | None, seed: int, manager: Any) -> dict[str, Any]:
+def _evaluate(chat: Any, task: Any, limit: int | None, seed: int, manager: Any) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
 
     result: dict[str, Any] = simple_evaluate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,9 +23,9 @@ __all__ = ["HEADLINE", "Rater", "compare", "flips", "kept_tokens", "latency", "p
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
 
-HEADLINE = {"pope": "f1", "chair": "chair_i", "mme": "score"}
+HEADLINE = {"pope": "f1", "chair": "chair_i", "mme": "score", "amber_g": "chair", "amber_d": "f1"}
 """The metric of each kind that plots and short tables show."""
-LOWER_IS_BETTER = frozenset({"chair_s", "chair_i"})
+LOWER_IS_BETTER = frozenset({"chair_s", "chair_i", "chair", "hal", "cog"})
 
 
 def _divide(top: Array, bottom: Array) -> Array:
@@ -74,6 +75,8 @@ class Rater:
     verdicts: Callable[[Sequence[Row]], list[bool]] | None = None
     """Right/wrong per sample, for McNemar."""
     details: Callable[[Sequence[Row]], dict[str, Any]] = lambda rows: {}
+    mistakes: Callable[[Row], list[str]] = lambda row: []
+    """Objects that an answer makes up, where that is what is scored."""
 
     def score(self, samples: Sequence[Row], *, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
         """``{n, images, metrics, intervals, ...details}`` of one method on one benchmark."""
@@ -165,6 +168,7 @@ def _chair_rater(words: chair.ObjectWords) -> Rater:
         statistics=CHAIR_STATISTICS,
         proportions=CHAIR_PROPORTIONS,
         details=lambda samples: {"variant": words.name, "mentions": sum(len(c.mentions) for c in counts(samples))},
+        mistakes=lambda row: sorted(set(counts([row])[0].hallucinated)),
     )
 
 
@@ -212,8 +216,12 @@ def _mme_rater() -> Rater:
     )
 
 
-def rater_for(task: str, parser: str = "pope") -> Rater | None:
-    """The rater of a benchmark by its task name, or None where lmms-eval's own figures are all there is."""
+def rater_for(task: str, parser: str = "pope", data: str | None = None) -> Rater | None:
+    """The rater of a benchmark by its task name, or None where lmms-eval's own figures are all there is.
+
+    ``data``: folder of the benchmark's own files, which a benchmark from local folders needs for its words."""
+    if task.startswith("local_"):
+        return _local_rater(task, parser, data or "data")
     if task.startswith("scenes_pope") or task in ("pope", "pope_random", "pope_pop", "pope_adv"):
         return _pope_rater(parser)
     if task == "scenes_chair":
@@ -221,6 +229,21 @@ def rater_for(task: str, parser: str = "pope") -> Rater | None:
 
         return _chair_rater(object_words())
     return _mme_rater() if task == "scenes_mme" else None
+
+
+def _local_rater(task: str, parser: str, data: str) -> Rater:
+    from vlm_attn.evaluation import amber_rater
+    from vlm_attn.evaluation.local_docs import kind_of
+    from vlm_attn.evaluation.scorers.data import language_of, require_file
+    from vlm_attn.evaluation.words.coco import coco_words_b, read_synonyms
+
+    kind, folder = kind_of(task), Path(data)
+    if kind == "chair":
+        nodes = read_synonyms(require_file(folder, "chair", "synonyms.txt"))
+        return _chair_rater(coco_words_b(nodes, language_of(folder)))
+    if kind == "amber_g":
+        return amber_rater.captions(data)
+    return {"pope": lambda: _pope_rater(parser), "mme": _mme_rater, "amber_d": amber_rater.questions}[kind]()
 
 
 def pope_averages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -18,9 +18,11 @@ METRICS: dict[str, tuple[str, ...]] = {
     "pope": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
     "chair": ("chair_s", "chair_i", "recall", "precision", "len_words"),
     "mme": ("score", "acc", "acc_plus"),
+    "amber_g": ("chair", "cover", "hal", "cog", "len_words"),
+    "amber_d": ("accuracy", "precision", "recall", "f1", "unknown_rate"),
 }
 """What full tables show; the terminal leaves out `_WIDE` to fit."""
-COMPARED = {"pope": "accuracy", "chair": "chair_i", "mme": "acc"}
+COMPARED = {"pope": "accuracy", "chair": "chair_i", "mme": "acc", "amber_g": "chair", "amber_d": "accuracy"}
 """The metric whose paired difference is shown."""
 _WIDE = ("precision",)
 _NAMES = {
@@ -31,6 +33,8 @@ _NAMES = {
     "yes_ratio": "yes",
     "len_words": "words",
     "acc_plus": "acc+",
+    "chair": "CHAIR",
+    "unknown_rate": "unknown",
     "f1_random_minus_adversarial": "F1 random - adversarial",
 }
 _ABSOLUTE = ("len_words", "len_tokens", "score")

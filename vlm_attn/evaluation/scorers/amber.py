@@ -30,7 +30,16 @@ from vlm_attn.evaluation.scorers.pairing import ID_FIELDS, Question, pair
 from vlm_attn.evaluation.scorers.report import Report
 from vlm_attn.evaluation.words.tokens import treebank_tokens
 
-__all__ = ["DIMENSIONS", "AmberCount", "Vocabulary", "amber_captions", "amber_questions", "count_response", "score"]
+__all__ = [
+    "DIMENSIONS",
+    "AmberCount",
+    "Vocabulary",
+    "amber_captions",
+    "amber_questions",
+    "count_response",
+    "count_texts",
+    "score",
+]
 
 GENERATIVE = "generative"
 DIMENSIONS: dict[str, tuple[str, ...]] = {
@@ -43,6 +52,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
 }
 """Dimension of the discriminative part -> annotation types."""
 READINGS = ("ours", "exact")
+_WORD_FILES = ("relation.json", "safe_words.txt")
 Similar = Callable[[str, str], bool]
 
 
@@ -167,8 +177,8 @@ def score(
     samples: list[dict[str, Any]] = []
     files = [annotations, answers]
     if told:
-        sources = [require_file(data, "amber", name) for name in ("relation.json", "safe_words.txt")]
-        counts = _counts(told, data, sources, similarity)
+        sources = [require_file(data, "amber", name) for name in _WORD_FILES]
+        counts = count_texts([(a.text, q.row["truth"], q.row["hallu"]) for q, a in told], data, similarity)
         groups[GENERATIVE] = {"n": len(counts), **amber_captions(counts)}
         samples += [_told_sample(q, a, c) for (q, a), c in zip(told, counts, strict=True)]
         files += sources
@@ -203,16 +213,17 @@ def _paired(annotations: Path, rows: Sequence[Answer], partial: bool) -> list[tu
     return pair([q for q in listed if q.row["type"] in present], rows, partial=partial)
 
 
-def _counts(
-    told: Sequence[tuple[Question, Answer]], data: Path, sources: Sequence[Path], similarity: str | None
+def count_texts(
+    told: Sequence[tuple[str, Sequence[str], Sequence[str]]], data: Path, similarity: str | None = None
 ) -> list[AmberCount]:
-    related, safe = sources
+    """What each response adds to the sums; ``told`` holds (response, objects there, objects people imagine)."""
+    related, safe = (require_file(data, "amber", name) for name in _WORD_FILES)
     words = Vocabulary(read_json(related), frozenset(safe.read_text(encoding="utf-8").split("\n")) - {""})
     language, vocabulary, similar = language_of(data), words.nouns, _similar(similarity)
     out = []
-    for question, answer in told:
-        nouns = [noun for noun in language.nouns(treebank_tokens(answer.text)) if noun in vocabulary]
-        out.append(count_response(nouns, question.row["truth"], question.row["hallu"], words, similar))
+    for text, truth, imaginable in told:
+        nouns = [noun for noun in language.nouns(treebank_tokens(text)) if noun in vocabulary]
+        out.append(count_response(nouns, truth, imaginable, words, similar))
     return out
 
 

@@ -22,7 +22,7 @@ from vlm_attn.evaluation.scorers.files import Answer, clean_question, file_hash,
 from vlm_attn.evaluation.scorers.pairing import QUESTION_FIELDS, Question, image_of, pair
 from vlm_attn.evaluation.scorers.report import Report
 
-__all__ = ["COGNITION", "HALLUCINATION", "PERCEPTION", "score", "totals"]
+__all__ = ["COGNITION", "HALLUCINATION", "PERCEPTION", "read_questions", "score", "totals"]
 
 OBJECT_LEVEL, ATTRIBUTE_LEVEL = ("existence", "count"), ("position", "color")
 HALLUCINATION = (*OBJECT_LEVEL, *ATTRIBUTE_LEVEL)
@@ -63,7 +63,7 @@ def score(
     """
     if reading not in READINGS:
         raise ValueError(unknown_name("MME reading", reading, READINGS))
-    questions, sources = _questions(data)
+    questions, sources = read_questions(data)
     rows = _tool_rows(answers) if answers.is_dir() else read_answers(answers, text_key=text_key)
     named = [_with_category(row) for row in rows]
     present = {row.fields["category"] for row in named}
@@ -102,7 +102,7 @@ def score(
     )  # fmt: skip
 
 
-def _questions(data: Path | None) -> tuple[list[Question], list[Path]]:
+def read_questions(data: Path | None) -> tuple[list[Question], list[Path]]:
     """All questions of the data folder."""
     if data is None:
         return [], []
