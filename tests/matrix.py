@@ -80,7 +80,10 @@ def placebo(model: Any, params: dict[str, Any], last: Any, row: int) -> Dense:
 
 MATRIX: dict[str, Row] = {
     "noop": Row(reference=lambda model, params, last, row: Dense(model), acts_on="nothing"),
-    "fastv": Row(variants=({}, {"layer": 1, "keep": 5}, {"layer": 3, "keep": 0.25}, {"keep": 1}), reference=fastv),
+    "fastv": Row(
+        variants=({}, {"layer": 1, "keep": 5}, {"layer": 3, "keep": 0.25}, {"keep": 1}, {"keep": "auto"}),
+        reference=fastv,
+    ),
     "random_prune": Row(
         variants=({}, {"layer": 0, "keep": 5}, {"layer": 3, "keep": 0.25, "seed": 3}),
         reference=given_kept,

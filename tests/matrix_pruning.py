@@ -143,14 +143,17 @@ PRUNING: dict[str, dict[str, Any]] = {
         "reference": one_cut(cdpruner, layer=0, keep=0.1112, positions="renumber"),
     },
     "norm_prune": {
-        "variants": ({}, {"layer": 2, "keep": 5}),
+        "variants": ({}, {"layer": 2, "keep": 5}, {"keep": "auto:0.8"}),
         "reference": one_cut(norm_prune, layer=0, keep=0.5),
     },
     "tokencarve": {
         "variants": ({}, {"layer": 1, "keep": 7}, {"layer": 3, "keep": 0.5}),
         "reference": built_by(stages.TokenCarve),
     },
-    "fastervlm": {"variants": ({}, {"keep": 7, "positions": "keep"}), "reference": built_by(encoder.FasterVLM)},
+    "fastervlm": {
+        "variants": ({}, {"keep": 7, "positions": "keep"}, {"keep": "auto:0.7"}),
+        "reference": built_by(encoder.FasterVLM),
+    },
     "text_dominance_compress": {
         "variants": ({}, {"reduction": 0.5, "encoder": "last"}),
         "reference": built_by(encoder.Compress),

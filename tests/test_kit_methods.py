@@ -12,8 +12,9 @@ from tests import models
 from tests.matrix import MATRIX
 from tests.matrix_pruning import PRUNING
 from tests.reference.llava import image_features
+from tests.reference.pruning import FastV
 from tests.reference.pruning_stages import Staged
-from vlm_attn.errors import UnsupportedError
+from vlm_attn.errors import MissingProfileError, UnsupportedError
 from vlm_attn.families import checks
 
 PROMPTS = 50
@@ -191,3 +192,73 @@ def test_renumbering_is_refused_on_positions_of_several_planes() -> None:
             torch.no_grad(),
         ):
             bench.model(**bench.inputs("single"))
+
+
+def test_autopilot_keeps_as_few_as_hold_the_mass() -> None:
+    """The kept count follows the picture, holds the share, and one token less would not."""
+    model, counts = models.llava(4), set()
+    for seed in range(12):
+        inputs = models.sample(3, 5, seed=seed).inputs()
+        with vlm_attn.attach(model, vlm_attn.method("fastv", keep="auto:0.9")) as session, torch.no_grad():
+            model(**inputs)
+            (score,) = session.last.scores.values()
+            image, kept = session.last.tokens.vis[0], session.last.kept(2)[0]
+        mass, whole = score[0, kept].double(), score[0, image].double().sum()
+        assert mass.sum() >= 0.9 * whole > mass.sum() - mass.min()
+        counts.add(len(kept))
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize("wrong", ["auto:1.5", "auto:", "best", "auto:0.9x"])
+def test_autopilot_refuses_other_words(wrong: str) -> None:
+    with pytest.raises(ValueError, match="keep"):
+        vlm_attn.method("fastv", keep=wrong)
+
+
+def test_budget_per_view_is_split_over_tiles() -> None:
+    bench = checks.bench("llava_next", "sdpa")
+    for name in ("fastv", "divprune", "random_prune", "uniform_prune", "norm_prune", "cdpruner"):
+        method = vlm_attn.method(name, keep=9, per="view", layer=1)
+        with vlm_attn.attach(bench.model, method) as session, torch.no_grad():
+            bench.model(**bench.inputs("single"))
+            first, last = session.last.tokens, session.last.stages[-1].tokens
+        shown = first.frame[0][first.vis[0] & (first.frame[0] >= 0)]
+        kept = last.frame[0][last.vis[0] & (last.frame[0] >= 0)]
+        sizes = {view: int((shown == view).sum()) for view in shown.unique().tolist()}
+        counts = {view: int((kept == view).sum()) for view in sizes}
+        assert sum(counts.values()) == 9
+        for view, count in counts.items():
+            assert abs(count - 9 * sizes[view] / len(shown)) <= 1, (name, view)
+
+
+def test_mean_map_divides_place_by_place() -> None:
+    model, mean = models.llava(4), [0.1 + (7 * i) % 5 for i in range(models.N_VISUAL)]
+    different = 0
+    for seed in range(10):
+        prompt = models.sample(3, 5, images=1 + seed % 2, seed=40 + seed)
+        method = vlm_attn.method("fastv", keep=5, calibrate=["mean_map"], mean=mean)
+        with vlm_attn.attach(model, method) as session, torch.no_grad():
+            model(**prompt.inputs())
+            kept = session.last.kept(2)[0]
+        features = image_features(model, prompt.pixels)
+        reference, plain = FastV(model, 2, 5, mean=mean), FastV(model, 2, 5)
+        reference.run(prompt.ids, features)
+        plain.run(prompt.ids, features)
+        assert torch.equal(kept, torch.cat(reference.kept or []))
+        different += not torch.equal(kept, torch.cat(plain.kept or []))
+    assert different > 5
+
+
+def test_mean_map_belongs_to_one_size_and_needs_data() -> None:
+    model = models.llava(4)
+    short = vlm_attn.method("fastv", calibrate=["mean_map"], mean=[1.0] * 9)
+    with (
+        vlm_attn.attach(model, short),
+        pytest.raises(ValueError, match="9 visual tokens, this one has 16"),
+        torch.no_grad(),
+    ):
+        model(**models.single().inputs())
+    with pytest.raises(MissingProfileError):
+        vlm_attn.attach(model, vlm_attn.method("fastv", calibrate=["mean_map"]))
+    with pytest.raises(ValueError, match="choose one"):
+        vlm_attn.attach(model, vlm_attn.method("fastv", calibrate=["mean_map", "exp_trend"], sigma=1.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .stages import Merged, Prune, PruneView, RowScore
 from .tokens import TokenMap
 
 ENCODER, LIVE = "vision encoder", "live heads"
+PROJECTORS = ("multi_modal_projector", "aligner")
+"""Names of the module that maps single patches to the language model's width."""
 DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
 
 
@@ -46,8 +49,8 @@ class Pruner:
         self.projected: Tensor | None = None
         self.projector: Any = None
         if prune is not None and prune.encoder_layer is not None:
-            self.projector = getattr(family.base, "multi_modal_projector", None)
-            if not isinstance(self.projector, nn.Module):
+            self.projector = next((p for n in PROJECTORS if (p := getattr(family.base, n, None)) is not None), None)
+            if not isinstance(self.projector, nn.Module) or len(signature(self.projector.forward).parameters) != 1:
                 raise UnsupportedError(f"{prune.name} on {family.name}: no projector of single patches was found")
             if prune.shrinks is not None:
                 encoder.shrink(prune)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from .kit.budgets import budget
+from .kit.budgets import budget, proportional
+from .kit.calibrators import mean_map as divide
 from .kit.calibrators import trend_weights
 from .kit.selectors import by_rank
 from .tokens import TokenMap
 
 Keep = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 """Visual tokens to keep per image: a count (int) or a share of the image's tokens (float in (0, 1])."""
+Auto = Annotated[str, Field(pattern=r"^auto(:0?\.\d+)?$")]
+"""``"auto"``, ``"auto:0.95"``: as few tokens per image as hold 99 % (95 %) of the score's mass [ours]."""
+Per = Literal["image", "view"]
+"""What a budget is for: a whole image, or each of its views (tile, video frame) in proportion to its tokens."""
 
 
 def protected(tokens: TokenMap) -> Tensor:
@@ -54,16 +59,20 @@ def position(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
 
 def select(
     tokens: TokenMap,
-    keep: int | float | Callable[[int], int],
+    keep: int | float | str | Callable[[int], int],
     choose: Callable[[int, Tensor, int], Tensor],
     visible: Tensor | None = None,
+    scores: Tensor | None = None,
+    per: Per = "image",
 ) -> Tensor:
-    """Applies a per-image selector.
+    """Applies a selector to each image, or to each of its views.
 
     Args:
         keep: budget per image, relative to the tokens the image had in the prompt, or a function of their number.
         choose: ``(row, slots [n], k) -> positions [k'] into slots``; with ``visible`` it sees visible slots only.
         visible: bool ``[B, N]``; tokens that show only padding are never chosen, so an image may keep fewer than k.
+        scores: fp32 ``[B, N]``, for ``keep="auto"``.
+        per: ``"view"`` splits an image's budget over its views in proportion to their tokens, at least one each.
 
     Returns:
         bool ``[B, N]`` of kept visual tokens.
@@ -72,10 +81,21 @@ def select(
     for row, slots, total in images(tokens):
         if visible is not None:
             slots = slots[visible[row, slots]]
-        k = min(keep(total) if callable(keep) else budget(keep, total), slots.numel())
-        if k:
-            out[row, slots[choose(row, slots, k)]] = True
+        mass = None if scores is None else scores[row, slots]
+        whole = min(keep(total) if callable(keep) else budget(keep, total, mass), slots.numel())
+        for part, k in views(tokens, row, slots, whole) if per == "view" else [(slots, whole)]:
+            if k:
+                out[row, part[choose(row, part, k)]] = True
     return out
+
+
+def views(tokens: TokenMap, row: int, slots: Tensor, k: int) -> list[tuple[Tensor, int]]:
+    """The slots of each view of one image, with its part of ``k`` tokens in proportion to them, at least one each."""
+    frames = tokens.frame[row, slots]
+    parts = [slots[frames == view] for view in frames.unique().tolist()]
+    if not parts:
+        return []
+    return list(zip(parts, proportional(max(k, len(parts)), [p.numel() for p in parts]), strict=True))
 
 
 def top_k(scores: Tensor) -> Callable[[int, Tensor, int], Tensor]:
@@ -91,4 +111,36 @@ def exp_trend(tokens: TokenMap, scores: Tensor, sigma: float) -> Tensor:
     return out
 
 
-__all__ = ["Keep", "budget", "exp_trend", "images", "position", "protected", "select", "top_k"]
+def mean_map(tokens: TokenMap, scores: Tensor, mean: Sequence[float], name: str) -> Tensor:
+    """Divides scores by their offline mean at the same place: ``a_i / (mean_i + 1e-7)`` per image.
+
+    Raises:
+        ValueError: an image has another number of tokens than the mean was taken over.
+    """
+    out = scores.clone()
+    average = torch.tensor(mean, dtype=torch.float32, device=scores.device)
+    for row, slots, _ in images(tokens):
+        total = len(tokens.layouts[row][int(tokens.img_id[row, slots[0]])])
+        if total != len(mean):
+            raise ValueError(
+                f"{name}: the mean map was measured on images of {len(mean)} visual tokens, this one has {total}; use "
+                "calibrate=['exp_trend'], or calibrate again at this size"
+            )
+        out[row, slots] = divide(scores[row, slots], average[tokens.order[row, slots]])
+    return out
+
+
+__all__ = [
+    "Auto",
+    "Keep",
+    "Per",
+    "budget",
+    "exp_trend",
+    "images",
+    "mean_map",
+    "position",
+    "protected",
+    "select",
+    "top_k",
+    "views",
+]

@@ -7,11 +7,12 @@ from typing import Any, Literal, Self
 
 from torch import Tensor
 
+from vlm_attn.errors import MissingProfileError
 from vlm_attn.profiles import Profile
-from vlm_attn.selection import exp_trend
+from vlm_attn.selection import exp_trend, mean_map
 from vlm_attn.stages import Prune, PruneView, RowScore, Site, method_dataclass
 
-Calibrator = Literal["exp_trend", "pad_mask", "rope_free", "rope_ones"]
+Calibrator = Literal["exp_trend", "mean_map", "pad_mask", "rope_free", "rope_ones"]
 
 
 @method_dataclass
@@ -19,6 +20,8 @@ class Debiased(Prune):
     """Attention debiasing of the first stage's score (arXiv 2508.17807) and its rotary variants.
 
     ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``; sigma per checkpoint, from a profile.
+    ``mean_map``: ``a_i / (mean_i + 1e-7)`` with the mean of the same score over calibration pictures, place by place,
+    instead of a curve [unverified]; per checkpoint and picture size, from a profile.
     ``pad_mask``: tokens that show only padding (more than half of the cell) are never chosen, so an image may keep
     fewer than its budget. ``rope_free``: queries and keys before the rotary embedding, softmax over the visual keys
     alone. ``rope_ones``: weights divided by what RoPE leaves of all-ones vectors, clamped at 0.1.
@@ -26,6 +29,7 @@ class Debiased(Prune):
 
     calibrate: Sequence[Calibrator] = ()
     sigma: float | None = None
+    mean: Sequence[float] | None = None
 
     @property
     def wants_padding(self) -> bool:  # type: ignore[override]
@@ -41,12 +45,24 @@ class Debiased(Prune):
         return RowScore(layer, **how)
 
     def with_trend(self, profile: Profile) -> Self:
-        """The method with its sigma read from the profile, if ``exp_trend`` needs it."""
-        if "exp_trend" not in self.calibrate or self.sigma is not None:
-            return self
+        """The method with its sigma or mean map read from the profile, as far as ``calibrate`` needs them."""
+        if "exp_trend" in self.calibrate and "mean_map" in self.calibrate:
+            raise ValueError(f"{self.name}: exp_trend and mean_map both take out the trend; choose one")
+        if "exp_trend" in self.calibrate and self.sigma is None:
+            return self.with_values(sigma=float(self._record(profile)["sigma"]))
+        if "mean_map" in self.calibrate and self.mean is None:
+            mean = self._record(profile).get("mean")
+            if not mean:
+                raise MissingProfileError(
+                    f"{self.name}: the profile holds no mean map (it is older, or its pictures had several sizes); "
+                    "calibrate again, or give mean"
+                )
+            return self.with_values(mean=tuple(float(value) for value in mean))
+        return self
+
+    def _record(self, profile: Profile) -> dict[str, Any]:
         score = self._scored().score
-        record = profile.need(f"trend:{score.id if score else ''}", self.name)
-        return self.with_values(sigma=float(record["sigma"]))
+        return profile.need(f"trend:{score.id if score else ''}", self.name)
 
     def _scored(self) -> Site:
         """The first site that reads attention."""
@@ -58,6 +74,8 @@ class Debiased(Prune):
             raise ValueError(f"{self.name} ran without its attention score: the layer it reads was skipped")
         if view.site == self._scored() and "exp_trend" in self.calibrate and self.sigma is not None:
             return exp_trend(view.tokens, view.scores, self.sigma)
+        if view.site == self._scored() and "mean_map" in self.calibrate and self.mean is not None:
+            return mean_map(view.tokens, view.scores, self.mean, self.name)
         return view.scores
 
     def shown(self, view: PruneView) -> Tensor | None:

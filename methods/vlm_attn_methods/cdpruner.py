@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm_attn.kit.calibrators import minmax, tilt
 from vlm_attn.kit.scores import unit
 from vlm_attn.kit.selectors import dpp
-from vlm_attn.selection import Keep, select
+from vlm_attn.selection import Keep, Per, select
 from vlm_attn.stages import PruneView, Site, method_dataclass
 
 from ._one_site import OneSite
@@ -30,6 +30,7 @@ class CDPruner(OneSite):
     Attributes:
         layer: decoder layer before which tokens leave, 0-based; 0 as published.
         keep: tokens kept per image: a count, or a share in (0, 1].
+        per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
         relevance: ``"none"``: r = 1, diversity alone; ``"embedding"``: mean cosine between a visual token and the
             text after the picture, both as they enter the language model [ours: stands in for the CLIP text tower].
         theta: weight of relevance in [0, 1); None uses r as it is.
@@ -48,6 +49,7 @@ class CDPruner(OneSite):
 
     layer: Annotated[int, Field(ge=0)] = 0
     keep: Keep = 0.1112
+    per: Per = "image"
     relevance: Literal["none", "embedding"] = "none"
     theta: Annotated[float, Field(ge=0, lt=1)] | None = None
     positions: Literal["renumber", "keep"] = "renumber"
@@ -63,4 +65,4 @@ class CDPruner(OneSite):
                 r = minmax((unit(z) @ unit(text).T).mean(-1), eps=1e-6)
             return dpp(z, r if self.theta is None else tilt(r, self.theta), k)
 
-        return select(view.tokens, self.keep, choose)
+        return select(view.tokens, self.keep, choose, per=self.per)

@@ -30,14 +30,14 @@ class Dart(OneSite):
         keep: tokens kept per image: a count, or a share in (0, 1].
         pivots: number of pivots, themselves kept.
 
-    Source: DART, as shipped in TensorRT-Edge-LLM (original ids, prefill only).
+    Source: arXiv 2502.11494, as shipped in TensorRT-Edge-LLM (original ids, prefill only).
     Deviations: how pivots are found is not given there; here the longest hidden states [unverified]; ties go to the
     earlier token.
     """
 
     name = "dart"
     summary = "prune the visual tokens that duplicate a few pivots most"
-    paper = ""
+    paper = "arXiv:2502.11494"
 
     layer: Annotated[int, Field(ge=0)] = 2
     keep: Keep = 0.5

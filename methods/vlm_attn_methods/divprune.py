@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_attn.kit.selectors import maxmin
-from vlm_attn.selection import Keep, select
+from vlm_attn.selection import Keep, Per, select
 from vlm_attn.stages import PruneView, Site, method_dataclass
 
 from ._one_site import OneSite
@@ -26,6 +26,7 @@ class DivPrune(OneSite):
     Attributes:
         layer: decoder layer before which tokens leave, 0-based; 0 as published, later layers compare hidden states.
         keep: tokens kept per image: a count, or a share in (0, 1].
+        per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
         positions: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions (the only
             choice on M-RoPE models).
 
@@ -40,10 +41,14 @@ class DivPrune(OneSite):
 
     layer: Annotated[int, Field(ge=0)] = 0
     keep: Keep = 0.098
+    per: Per = "image"
     positions: Literal["renumber", "keep"] = "renumber"
 
     def sites(self) -> tuple[Site, ...]:
         return (Site(self.layer, hidden=True),)
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        return select(view.tokens, self.keep, lambda row, slots, k: maxmin(view.features[row, slots], k))
+        def choose(row: int, slots: Tensor, k: int) -> Tensor:
+            return maxmin(view.features[row, slots], k)
+
+        return select(view.tokens, self.keep, choose, per=self.per)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vlm_attn.encoder_view import Picture
 from vlm_attn.kit.budgets import budget
 from vlm_attn.kit.selectors import topk
-from vlm_attn.selection import Keep
+from vlm_attn.selection import Auto, Keep
 from vlm_attn.stages import PruneView, method_dataclass
 
 from ._encoder import EncoderPrune
@@ -22,7 +23,8 @@ class FasterVLM(EncoderPrune):
     Acts at the language model's input, prefill only; one row of one encoder layer is computed. Text is never dropped.
 
     Attributes:
-        keep: tokens kept per image: a count, or a share in (0, 1].
+        keep: tokens kept per image: a count, a share in (0, 1], or ``"auto"``, as few as hold 99 % of the score's mass
+            on the image (``"auto:0.95"`` for 95 %) [ours].
         positions: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions.
 
     Source: FasterVLM (arXiv 2412.01818).
@@ -34,7 +36,11 @@ class FasterVLM(EncoderPrune):
     summary = "prune visual tokens by the encoder's class-token attention"
     paper = "arXiv:2412.01818"
 
-    keep: Keep = 0.2223
+    keep: Keep | Auto = 0.2223
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        return self.each(view, lambda p, z: topk(p.attention.mean(0), budget(self.keep, len(z))))
+        def choose(picture: Picture, z: Tensor) -> Tensor:
+            attention = picture.attention.mean(0)
+            return topk(attention, budget(self.keep, len(z), attention))
+
+        return self.each(view, choose)

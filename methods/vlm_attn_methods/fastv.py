@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_attn.profiles import Profile
-from vlm_attn.selection import Keep, select, top_k
+from vlm_attn.selection import Auto, Keep, Per, select, top_k
 from vlm_attn.stages import ModelInfo, PruneView, Site, check_layer, method_dataclass
 
 from ._debias import Debiased
@@ -27,14 +27,18 @@ class FastV(Debiased):
 
     Attention debiasing (arXiv 2508.17807) changes the ranking score only:
         ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``; sigma per checkpoint from a profile.
+        ``mean_map``: ``a_i / (mean_i + 1e-7)`` with the mean over calibration pictures, place by place, instead.
         ``pad_mask``: tokens that show only padding (more than half of the cell) get score 0 and are never chosen, so
         an image may keep fewer than its budget.
 
     Attributes:
         layer: K, 0-based, at least 1 (the score comes from layer K-1).
-        keep: tokens kept per image: a count, or a share in (0, 1].
-        calibrate: any of ``exp_trend``, ``pad_mask``, ``rope_free``, ``rope_ones``.
+        keep: tokens kept per image: a count, a share in (0, 1], or ``"auto"``, as few as hold 99 % of the score's mass
+            on the image (``"auto:0.95"`` for 95 %) [ours].
+        per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
+        calibrate: any of ``exp_trend`` or ``mean_map``, ``pad_mask``, ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        mean: mean map; None reads it from the checkpoint's profile.
 
     Source: arXiv 2403.06764; debiasing arXiv 2508.17807.
     Deviations: the score is the last row, as the code does (the paper's text averages over tokens); ties go to the
@@ -47,7 +51,8 @@ class FastV(Debiased):
     needs = ("trend (only with calibrate=['exp_trend'])",)
 
     layer: Annotated[int, Field(ge=1)] = 2
-    keep: Keep = 0.5
+    keep: Keep | Auto = 0.5
+    per: Per = "image"
 
     @classmethod
     def neutral(cls) -> FastV:
@@ -61,4 +66,5 @@ class FastV(Debiased):
         return (Site(self.layer, self.first(self.layer - 1)),)
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        return select(view.tokens, self.keep, top_k(self.debiased(view)), self.shown(view))
+        scores = self.debiased(view)
+        return select(view.tokens, self.keep, top_k(scores), self.shown(view), scores, self.per)

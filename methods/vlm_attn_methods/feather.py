@@ -34,14 +34,14 @@ class Feather(Prune):
         keep: share of the image's tokens (first stage), then of those left.
         stride: of the uniform grid, in both directions.
 
-    Source: FEATHER (ICCV 2025), released code.
+    Source: arXiv 2412.13180 (ICCV 2025), released code.
     Deviations: tokens without a cell (row ends, separators, query tokens) are in no grid; on tiles and frames each
     view has a grid of its own; ties go to the earlier token.
     """
 
     name = "feather"
     summary = "prune visual tokens by position-free attention, a uniform grid kept beside"
-    paper = ""
+    paper = "arXiv:2412.13180"
 
     layers: Sequence[Annotated[int, Field(ge=1)]] | None = None
     keep: Sequence[Annotated[float, Field(gt=0, le=1)]] = (0.3, 0.09)

@@ -28,7 +28,7 @@ class FlowCut(InEncoder):
         keep: T, tokens left per image: a count, or a share in (0, 1].
         positions: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions.
 
-    Source: FlowCut (NeurIPS 2025), released code.
+    Source: arXiv 2505.19536 (NeurIPS 2025), released code.
     Deviations: H is each picture's own, not the maximum over the batch, so that a picture does not depend on its
     neighbours; the class token shapes the encoder but has no place in the prompt; encoders without a class token use
     the mean attention received, and the mean value in place of the class token's [unverified]; ties go to the earlier
@@ -37,7 +37,7 @@ class FlowCut(InEncoder):
 
     name = "flowcut"
     summary = "prune by information flow inside the vision encoder"
-    paper = ""
+    paper = "arXiv:2505.19536"
     shrinks = "output"
 
     keep: Keep = 0.2223

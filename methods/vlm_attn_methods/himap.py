@@ -29,17 +29,19 @@ class HiMAP(Debiased):
     Attributes:
         layers: (K1, K2), 0-based, at least 1; None = 2, 8 of 32, carried over to the model's depth.
         keep: tokens left per image after each stage: a count, or a share of its first count (288 and 72 of 576).
-        calibrate: debiasing of the first stage: any of ``exp_trend``, ``pad_mask``, ``rope_free``, ``rope_ones``.
+        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+            ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        mean: the same for ``mean_map``, place by place.
 
-    Source: github.com/ustc-hyin/HiMAP; debiasing arXiv 2508.17807.
+    Source: arXiv 2503.13108, released code; debiasing arXiv 2508.17807.
     Deviations: works with the cache, which the released code does not; ties go to the earlier token. The second
     stage's causal sums favour early tokens, as they do there.
     """
 
     name = "himap"
     summary = "prune visual tokens by text attention early, by attention among themselves later"
-    paper = ""
+    paper = "arXiv:2503.13108"
     needs = ("trend (only with calibrate=['exp_trend'])",)
 
     layers: Sequence[Annotated[int, Field(ge=1)]] | None = None

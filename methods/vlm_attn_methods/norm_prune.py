@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_attn.kit.scores import norm
 from vlm_attn.kit.selectors import topk
-from vlm_attn.selection import Keep, select
+from vlm_attn.selection import Auto, Keep, Per, select
 from vlm_attn.stages import PruneView, Site, method_dataclass
 
 from ._one_site import OneSite
@@ -26,20 +26,26 @@ class NormPrune(OneSite):
 
     Attributes:
         layer: decoder layer before which tokens leave, 0-based.
-        keep: tokens kept per image: a count, or a share in (0, 1].
+        keep: tokens kept per image: a count, a share in (0, 1], or ``"auto"``, as few as hold 99 % of the score's mass
+            on the image (``"auto:0.95"`` for 95 %) [ours].
+        per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
     """
 
     name = "norm_prune"
     summary = "control: keep the visual tokens with the longest features"
 
     layer: Annotated[int, Field(ge=0)] = 0
-    keep: Keep = 0.5
+    keep: Keep | Auto = 0.5
+    per: Per = "image"
 
     def sites(self) -> tuple[Site, ...]:
         return (Site(self.layer, hidden=True),)
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        return select(view.tokens, self.keep, lambda row, slots, k: topk(lengths(view.features[row, slots]), k))
+        def choose(row: int, slots: Tensor, k: int) -> Tensor:
+            return topk(lengths(view.features[row, slots]), k)
+
+        return select(view.tokens, self.keep, choose, scores=norm(view.features), per=self.per)
 
 
 def lengths(features: Tensor) -> Tensor:

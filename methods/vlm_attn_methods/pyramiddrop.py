@@ -32,8 +32,10 @@ class PyramidDrop(Debiased):
         keep: share of each image's tokens left after each stage.
         positions: ``"renumber"`` closes the gaps after every stage, as released; ``"keep"`` leaves the original
             positions (the only choice on M-RoPE models).
-        calibrate: debiasing of the first stage: any of ``exp_trend``, ``pad_mask``, ``rope_free``, ``rope_ones``.
+        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+            ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2410.17247; debiasing arXiv 2508.17807.
     Deviations: ties go to the earlier token; left padding is supported; the released padding mask drops every cell

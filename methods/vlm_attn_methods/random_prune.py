@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vlm_attn.selection import Keep, select
+from vlm_attn.selection import Keep, Per, select
 from vlm_attn.stages import PruneView, method_dataclass
 
 from ._one_site import OneSite
@@ -24,6 +24,7 @@ class RandomPrune(OneSite):
     Attributes:
         layer: decoder layer before which tokens leave, 0-based.
         keep: tokens kept per image: a count, or a share in (0, 1].
+        per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
         seed: seed of the choice.
     """
 
@@ -32,12 +33,14 @@ class RandomPrune(OneSite):
 
     layer: Annotated[int, Field(ge=0)] = 2
     keep: Keep = 0.5
+    per: Per = "image"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     def keep_mask(self, view: PruneView) -> Tensor:
         def choose(row: int, slots: Tensor, k: int) -> Tensor:
             image = int(view.tokens.img_id[row, slots[0]])
-            generator = torch.Generator().manual_seed(self.seed * 1009 + image)
+            part = int(view.tokens.frame[row, slots[0]]) if self.per == "view" else 0
+            generator = torch.Generator().manual_seed(self.seed * 1009 + image + 1_000_003 * part)
             return torch.randperm(slots.numel(), generator=generator)[:k].to(slots.device)
 
-        return select(view.tokens, self.keep, choose)
+        return select(view.tokens, self.keep, choose, per=self.per)

@@ -41,8 +41,10 @@ class SparseVLM(Debiased):
         keep: instead of the list: tokens left per image after each stage, before the recycled ones.
         positions: ``"renumber"`` or ``"keep"``; None = as the version does.
         seed: of the clusters' tie-breaking noise.
-        calibrate: debiasing of the first stage: any of ``exp_trend``, ``pad_mask``, ``rope_free``, ``rope_ones``.
+        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+            ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2410.04417, released versions 1.5 and 2.0; debiasing arXiv 2508.17807.
     Deviations: a recycled token stands at its cluster centre's place, not behind all kept tokens; decoding continues

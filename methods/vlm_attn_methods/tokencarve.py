@@ -33,8 +33,10 @@ class TokenCarve(Debiased):
     Attributes:
         layer: K, 0-based, at least 1.
         keep: r, tokens left per image: a count, or a share in (0, 1].
-        calibrate: debiasing of the attention half: any of ``exp_trend``, ``pad_mask``, ``rope_free``, ``rope_ones``.
+        calibrate: debiasing of the attention half: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+            ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2503.10501; debiasing arXiv 2508.17807.
     Deviations: the cache of the layers before K keeps every token, where the released code prunes it to the same

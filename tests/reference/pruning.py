@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,18 @@ from torch import Tensor, nn
 from tests.reference.llava import Dense, visual_runs
 
 
-def budget(keep: float, count: int) -> int:
-    """Tokens to keep of `count`: an int is a number per image, a float a share; one survives at least."""
+def budget(keep: float | str, count: int, scores: Sequence[float] = ()) -> int:
+    """Tokens to keep of `count`: an int is a number per image, a float a share; one survives at least.
+
+    `auto` adds up the largest scores until they hold 99 % of the sum, or the share behind the colon.
+    """
+    if isinstance(keep, str):
+        share, mass = float(keep[5:] or 0.99), 0.0
+        for number, score in enumerate(sorted(scores, reverse=True), 1):
+            mass += score
+            if mass >= share * sum(scores):
+                return number
+        return count
     wanted = keep if isinstance(keep, int) else round(count * keep)
     return max(1, min(count, wanted))
 
@@ -59,14 +70,16 @@ class FastV(Masked):
         self,
         model: nn.Module,
         layer: int,
-        keep: float,
+        keep: float | str,
         sigma: float | None = None,
         visible: list[Tensor] | None = None,
+        mean: Sequence[float] | None = None,
     ) -> None:
         super().__init__(model, layer)
         self.keep = keep
         self.sigma = sigma
         self.visible = visible
+        self.mean = mean
         self.margin = math.inf
 
     def run(self, ids: Tensor, features: Tensor | None, forced: list[int] | Tensor = ()) -> Tensor:
@@ -85,9 +98,11 @@ class FastV(Masked):
         kept = []
         for image, positions in enumerate(visual_runs(self.visual)):
             scores = row[positions].clone()
-            count = budget(self.keep, len(positions))
             if self.sigma is not None:
                 scores = scores * exp_trend(len(positions), self.sigma)
+            if self.mean is not None:
+                scores = torch.tensor([float(s) / (m + 1e-7) for s, m in zip(scores, self.mean, strict=True)])
+            count = budget(self.keep, len(positions), scores.tolist())
             if self.visible is not None:
                 scores = scores * self.visible[image]
                 count = min(count, int(self.visible[image].sum()))

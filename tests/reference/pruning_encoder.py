@@ -91,7 +91,8 @@ class FasterVLM(ByEncoder):
 
     def choose(self, seen: Seen, z: Tensor) -> tuple[list[int], dict[int, Any]]:
         """See `ByEncoder.choose`."""
-        return loops.top(self.mean_attention(seen), budget(self.params.get("keep", 0.2223), len(z))), {}
+        attention = self.mean_attention(seen)
+        return loops.top(attention, budget(self.params.get("keep", 0.2223), len(z), attention)), {}
 
 
 class Compress(ByEncoder):

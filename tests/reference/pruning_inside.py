@@ -1,4 +1,4 @@
-"""Pruning inside a CLIP or SigLIP encoder, spelled out patch by patch: lists of tokens that shrink from layer to layer.
+"""Pruning inside a CLIP encoder, spelled out patch by patch: lists of tokens that shrink from layer to layer.
 
 The encoder is run literally, one picture at a time, on the tokens that are left.
 """

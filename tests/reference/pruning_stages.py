@@ -289,7 +289,7 @@ class OneCut(Staged):
         self,
         model: nn.Module,
         layer: int,
-        keep: int | float,
+        keep: int | float | str,
         choose: Callable[[Tensor, int, Tensor], list[int]],
         positions: str = "keep",
     ) -> None:
@@ -301,7 +301,7 @@ class OneCut(Staged):
         """See `Staged.decide`."""
         text = x[int(self.visual.nonzero()[-1]) + 1 :]
         return [
-            image[self.choose(x[image], budget(self.keep, total), text)]
+            image[self.choose(x[image], budget(self.keep, total, x[image].double().norm(dim=1).tolist()), text)]
             for image, total in zip(self.alive, self.total, strict=True)
         ]
 

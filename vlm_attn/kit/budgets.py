@@ -8,9 +8,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+AUTO_SHARE = 0.99
+"""Share of the score's mass that ``keep="auto"`` holds."""
 
-def budget(keep: int | float, total: int) -> int:
-    """Tokens to keep of ``total``: a count is capped, a share is rounded; at least 1."""
+
+def budget(keep: int | float | str, total: int, scores: Tensor | None = None) -> int:
+    """Tokens to keep of ``total``: a count is capped, a share is rounded; at least 1.
+
+    ``"auto"`` or ``"auto:0.95"`` [ours]: the fewest tokens whose ``scores [n]`` hold that share of all their mass,
+    99 % by default.
+
+    Raises:
+        ValueError: ``"auto"`` without scores, or with negative ones.
+    """
+    if isinstance(keep, str):
+        if scores is None or bool((scores < 0).any()):
+            raise ValueError(f"keep='{keep}' counts the mass of scores that are not negative: give a count or a share")
+        share = float(keep.partition(":")[2] or AUTO_SHARE)
+        return max(1, int(mass_count(scores, share))) if scores.numel() else 0
     count = keep if isinstance(keep, int) else round(total * keep)
     return max(1, min(count, total))
 
