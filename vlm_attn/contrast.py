@@ -55,7 +55,6 @@ class ContrastProcessor(LogitsProcessor):
         if self.method.text_branch:
             return self._prefill_text(input_ids)
         kwargs = {k: v for k, v in family.prompt_arguments(request.prompt_kwargs).items() if k not in _OWN}
-        encoded = self.encoded
         for kind, media in request.media.items():
             if not media.arguments:
                 raise UnsupportedError(
@@ -65,16 +64,30 @@ class ContrastProcessor(LogitsProcessor):
             for pixels in altered.values():
                 for picture in family.pictures(media, pixels):
                     picture.copy_(self.method.alter_pixels(picture))
-            features = family.encode(media, altered)
-            encoded[kind] = self._repeated(kind, media, features)
-            for name in media.arguments:
-                kwargs.pop(name, None)
-        kwargs["mm_encoder_outputs"] = encoded
+            self._give(kind, media, altered, kwargs)
         if kwargs.get("position_ids") is None or kwargs["input_ids"].shape != input_ids.shape:
             raise UnsupportedError(f"{self.method.name} contrasts inside generate(); call model.generate or vlm.ask")
         self.mask, self.positions = kwargs.get("attention_mask"), kwargs["position_ids"]
         self.cache = DynamicCache(config=session.family.text_config)
         return self._forward(kwargs)
+
+    def _give(self, kind: str, media: Media, altered: dict[str, Tensor], kwargs: dict[str, Any]) -> None:
+        """Puts the altered pictures among the arguments of the branch: encoded where the model takes that."""
+        family = self.session.family
+        if family.takes_features:
+            self.encoded[kind] = self._repeated(kind, media, family.encode(media, altered))
+            for name in media.arguments:
+                kwargs.pop(name, None)
+            kwargs["mm_encoder_outputs"] = self.encoded
+            return
+        strange = [
+            name for name, pixels in altered.items() if getattr(kwargs.get(name), "shape", None) != pixels.shape
+        ]
+        if strange:
+            raise UnsupportedError(
+                f"{self.method.name} on {family.name} needs transformers 5.18 or newer, whose models take features"
+            )
+        kwargs.update(altered)
 
     def _prefill_text(self, input_ids: Tensor) -> Tensor:
         """The prompt without its pictures, positions compact."""

@@ -126,8 +126,9 @@ class LlavaOneVision(LlavaNext):
         return packed[0]
 
     def video_layout(self, length: int, frames: int) -> Layout:
-        """Pooled frames and one closing token."""
-        return super().video_layout(length - 1, frames).joined(Layout.without_grid(1))
+        """Pooled frames and one closing token, which older models add behind the features."""
+        pooled = length - 1 if self.takes_features else length
+        return super().video_layout(pooled, frames).joined(Layout.without_grid(1))
 
     def geometry(self, image_processor: Any, size: tuple[int, int], layout: Layout) -> list[ImageGeometry]:
         """As LLaVA-NeXT; one of several pictures is padded to a square."""

@@ -268,6 +268,11 @@ class Family:
 
     # ----------------------------------------------------------------------------------------- arguments of calls
 
+    @property
+    def takes_features(self) -> bool:
+        """Whether the model's forward pass takes finished features; transformers 5.17 encodes pixels there itself."""
+        return "mm_encoder_outputs" in inspect.signature(type(self.model).forward).parameters
+
     def announced(self, kwargs: Mapping[str, Any]) -> dict[str, Media]:
         """Media in the arguments of ``generate``, for models whose ``generate`` never calls the feature function."""
         return {}

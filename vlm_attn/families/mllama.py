@@ -7,8 +7,11 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from ..tokens import TokenMap
 from .base import Family, Media
 
@@ -48,8 +51,18 @@ class Mllama(Family):
         """The pixels themselves: the branch's first forward pass encodes them."""
         return SimpleNamespace(arguments={**media.arguments, **pixels}, pooler_output=media.output.pooler_output)
 
+    @property
+    def takes_features(self) -> bool:
+        """In place of features it takes what :meth:`encode` hands over."""
+        return True
+
     def branch_arguments(self, kwargs: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Any]:
         """Pixels with the prompt; later tokens see the tiles that the prompt's last token sees."""
+        if Version(transformers.__version__) < Version("5.18"):
+            raise UnsupportedError(
+                f"{self.name}: a second branch needs transformers 5.18 or newer, where a step takes its own part of "
+                f"the cross-attention mask; this is {transformers.__version__}"
+            )
         arguments = dict(kwargs)
         given = encoded["image"].arguments
         if arguments.pop("mm_encoder_outputs", None) is not None:
