@@ -147,7 +147,12 @@ PRUNING: dict[str, dict[str, Any]] = {
         "reference": one_cut(norm_prune, layer=0, keep=0.5),
     },
     "tokencarve": {
-        "variants": ({}, {"layer": 1, "keep": 7}, {"layer": 3, "keep": 0.5}),
+        "variants": (
+            {},
+            {"layer": 1, "keep": 7},
+            {"layer": 3, "keep": 0.5, "compact": False},
+            {"layer": 3, "keep": 4},
+        ),
         "reference": built_by(stages.TokenCarve),
     },
     "fastervlm": {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import vlm_attn
 from tests import models
@@ -16,6 +17,7 @@ from tests.reference.pruning import FastV
 from tests.reference.pruning_stages import Staged
 from vlm_attn.errors import MissingProfileError, UnsupportedError
 from vlm_attn.families import checks
+from vlm_attn.readouts.recorder import Recorder
 
 PROMPTS = 50
 CASES = [(name, number) for name, row in PRUNING.items() for number in range(len(row["variants"]))]
@@ -262,3 +264,35 @@ def test_mean_map_belongs_to_one_size_and_needs_data() -> None:
         vlm_attn.attach(model, vlm_attn.method("fastv", calibrate=["mean_map"]))
     with pytest.raises(ValueError, match="choose one"):
         vlm_attn.attach(model, vlm_attn.method("fastv", calibrate=["mean_map", "exp_trend"], sigma=1.0))
+
+
+def test_tokencarve_shortens_every_cache() -> None:
+    """After the prefill all layers hold what was kept; the layers before the cut processed everything."""
+    model, batch = models.llava(4), models.padded()
+    text = [len(sample.ids) - models.N_VISUAL for sample in batch.samples]
+    lengths = {}
+    for compact in (True, False):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with (
+            vlm_attn.attach(model, vlm_attn.method("tokencarve", keep=5, compact=compact)) as session,
+            torch.no_grad(),
+        ):
+            model(**batch.inputs(), past_key_values=cache, use_cache=True)
+            assert session.last.kept_per_layer(4).tolist() == [[16, 16, 5, 5]] * 2
+        lengths[compact] = [cache.get_seq_length(layer) for layer in range(4)]
+    assert lengths[True] == [max(text) + 5] * 4
+    assert lengths[False] == [max(text) + 16] * 2 + [max(text) + 5] * 2
+
+
+def test_shortened_caches_refuse_edits_and_readouts() -> None:
+    model, inputs = models.llava(4), models.single().inputs()
+    with pytest.raises(ValueError, match="compact=False"):
+        vlm_attn.attach(model, ["tokencarve", "vhr"])
+    with vlm_attn.attach(model, [vlm_attn.method("tokencarve", compact=False), "vhr"]):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    with (
+        vlm_attn.attach(model, "tokencarve") as session,
+        session.recording(Recorder([0])),
+        pytest.raises(UnsupportedError, match="compact=False"),
+    ):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)

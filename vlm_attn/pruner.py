@@ -92,6 +92,8 @@ class Pruner:
         cut = self._cut(number, request, hidden) if number > 0 else None
         if cut is not None:
             hidden = pruning.take(cut[2], cut[1])
+            if self.prune is not None and self.prune.compacts:
+                self._compact(cut[0], kwargs.get("past_key_values"), request)
         self._read_ahead(self.readings.bare(number), number, hidden, args, kwargs, request)
         kwargs = self._left(number, hidden, kwargs, request)
         if self.readings.wants_tables(number):
@@ -128,6 +130,26 @@ class Pruner:
             rows = request.tokens_at(number).valid
             notes[here], notes[LIVE] = live, self.prune.live_heads(number, split, rows, notes)
         return split.flatten(-2)
+
+    def _compact(self, stage: PruneStage, cache: Any, request: Request) -> None:
+        """Drops from the caches of the layers before a site what left there."""
+        if cache is None:
+            return
+        pruning.compact(stage, cache, [n for n, _ in self.family.attentions() if n < stage.layer])
+        request.compacted, request.entered = stage, stage.tokens
+
+    def readable(self, layer: int, call: Call, request: Request | None) -> None:
+        """Refuses readouts of rows behind the prompt whose keys are no longer those that the prompt had.
+
+        Raises:
+            UnsupportedError: the layer's cache was compacted.
+        """
+        stage = None if request is None else request.compacted
+        if stage is not None and layer < stage.layer and call.queries != call.keys and self.prune is not None:
+            raise UnsupportedError(
+                f"{self.prune.name} drops tokens from the cache of layer {layer}, which readouts of generated tokens "
+                "cannot follow: use compact=False"
+            )
 
     def _read_ahead(
         self,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from .attention import masks
 from .errors import UnsupportedError
@@ -128,6 +129,23 @@ def last_axis(x: Tensor, idx: Tensor) -> Tensor:
     if x.dim() == 2:
         return take(x, idx)
     return torch.stack([take(plane, idx) for plane in x])
+
+
+def compact(stage: PruneStage, cache: Any, layers: Iterable[int]) -> None:
+    """Drops from the cache of some layers, which hold the whole prompt, what left at ``stage``.
+
+    Raises:
+        UnsupportedError: a cache that does not grow (its slots cannot be dropped).
+    """
+    for number in layers:
+        layer = cache.layers[number]
+        if not isinstance(layer, DynamicLayer):
+            raise UnsupportedError(
+                f"a {type(layer).__name__} cannot be shortened: use a DynamicCache, or compact=False"
+            )
+        layer.keys, layer.values = (
+            take(x.transpose(1, 2), stage.idx).transpose(1, 2) for x in (layer.keys, layer.values)
+        )
 
 
 def prefill_inputs(

@@ -12,6 +12,7 @@ import yaml
 from . import registry
 from .stages import (
     Contrast,
+    Edit,
     HeadScale,
     KeyBias,
     LogitMap,
@@ -61,7 +62,14 @@ def _contrasts(method: Method) -> bool:
 
 
 def _refuse_conflicts(found: Sequence[Method]) -> None:
-    """Edits whose masses or rows would contradict each other."""
+    """Edits whose masses or rows would contradict each other, or that label keys which leave the cache."""
+    edits = [m.name for m in found if isinstance(m, Edit)]
+    compacting = [m.name for m in found if isinstance(m, Prune) and m.compacts]
+    if edits and compacting:
+        raise ValueError(
+            f"{compacting[0]} drops keys from the cache of early layers that {edits[0]} has labelled by then; "
+            "use compact=False"
+        )
     segments = [m for m in found if isinstance(m, SegmentEdit)]
     moving = [m.name for m in segments if m.redistributes]
     if len(moving) > 1:

@@ -66,10 +66,14 @@ class Request:
     edited: dict[int, int] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     cache_id: int | None = None
+    compacted: PruneStage | None = None
     _grown: dict[int, TokenMap] = field(default_factory=dict, repr=False)
 
     def stage_at(self, layer: int) -> PruneStage | None:
-        """The stage whose kept slots layer ``layer`` runs on."""
+        """The stage whose kept slots layer ``layer`` runs on; behind the prompt, those that its cache holds."""
+        return self._processed(layer) or self.compacted
+
+    def _processed(self, layer: int) -> PruneStage | None:
         found = None
         for stage in self.stages:
             if stage.layer <= layer:
@@ -93,7 +97,8 @@ class Request:
 
     def kept(self, layer: int) -> list[Tensor]:
         """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""
-        tokens = self.tokens_at(layer)
+        stage = self._processed(layer)
+        tokens = self.tokens if stage is None else stage.tokens
         return [tokens.index[row][tokens.vis[row]] for row in range(tokens.batch)]
 
     def kept_visual(self, layer: int) -> list[Tensor]:
@@ -103,4 +108,5 @@ class Request:
 
     def kept_per_layer(self, layers: int) -> Tensor:
         """int64 ``[B, layers]``: visual tokens that every layer processes."""
-        return torch.stack([self.tokens_at(layer).vis.sum(1) for layer in range(layers)], dim=1)
+        stages = [self._processed(layer) for layer in range(layers)]
+        return torch.stack([(self.tokens if s is None else s.tokens).vis.sum(1) for s in stages], dim=1)

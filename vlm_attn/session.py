@@ -222,13 +222,11 @@ class Session:
             return out
 
     def _get_features(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        store = self.recorder.media if self.recorder is not None else None
-        if not self._suspended:
-            store = self.capture.media
         if self._suspended:
+            store = self.recorder.media if self.recorder is not None else None
             return self.capture.features(kind, store, original, args, kwargs)
         with self.encoder.reading():
-            return self.capture.features(kind, store, original, args, kwargs)
+            return self.capture.features(kind, self.capture.media, original, args, kwargs)
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._suspended:
@@ -433,6 +431,7 @@ class Session:
             if call.queries == call.keys:
                 self.pruner.read(layer, call, request)
         if reading and self.recorder is not None:
+            self.pruner.readable(layer, call, request)
             self.recorder.take(layer, call)
         return out, weights
 

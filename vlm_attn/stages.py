@@ -83,7 +83,8 @@ class Prune(Method):
     where a position is more than one number). ``encoder_layer``: the layer of the vision encoder (may count from the
     end) whose attention the method wants to see; only where visual tokens are the encoder's patches. ``shrinks``:
     where in an encoder layer patches leave, between its attention and its MLP or at its output; what left there must
-    leave the prompt at layer 0 too. ``cuts_heads``: whether :meth:`live_heads` is asked.
+    leave the prompt at layer 0 too. ``cuts_heads``: whether :meth:`live_heads` is asked. ``compacts``: what leaves
+    before a layer also leaves the caches of the layers before it, once they have read the prompt; one site only.
     """
 
     stage = "prune"
@@ -92,6 +93,11 @@ class Prune(Method):
     encoder_layer: int | None = None
     shrinks: Literal["attention", "output"] | None = None
     cuts_heads: bool = False
+
+    @property
+    def compacts(self) -> bool:
+        """See the class."""
+        return False
 
     def sites(self) -> tuple[Site, ...]:
         """Sites in ascending layer order."""

@@ -28,19 +28,21 @@ class TokenCarve(Debiased):
     into A (mean, the A token included), the rest of B stays.
 
     Acts at the input of decoder layer K = ``layer``, prefill only; survivors keep their original positions, text is
-    never dropped.
+    never dropped. What leaves there also leaves the caches of the layers before K, so that generated tokens see the
+    same kept set in every layer.
 
     Attributes:
         layer: K, 0-based, at least 1.
         keep: r, tokens left per image: a count, or a share in (0, 1].
+        compact: whether those caches are shortened, as released; edits and readouts of generated tokens need False.
         calibrate: debiasing of the attention half: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
             ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2503.10501; debiasing arXiv 2508.17807.
-    Deviations: the cache of the layers before K keeps every token, where the released code prunes it to the same
-    indices; U and s come from the eigenvectors of the Gram matrix; ties go to the earlier token.
+    Deviations: all layers before K are shortened, where the released code names layers 0 and 1; U and s come from the
+    eigenvectors of the Gram matrix; ties go to the earlier token.
     """
 
     name = "tokencarve"
@@ -50,6 +52,7 @@ class TokenCarve(Debiased):
 
     layer: Annotated[int, Field(ge=1)] = 2
     keep: Keep = 0.2223
+    compact: bool = True
 
     @classmethod
     def neutral(cls) -> TokenCarve:
@@ -58,6 +61,10 @@ class TokenCarve(Debiased):
     def resolve(self, model: ModelInfo, profile: Profile) -> TokenCarve:
         check_layer(self.name, "layer", self.layer, model, lowest=1)
         return self.with_trend(profile)
+
+    @property
+    def compacts(self) -> bool:
+        return self.compact
 
     def sites(self) -> tuple[Site, ...]:
         return (Site(self.layer, self.first(self.layer - 1), hidden=True),)

@@ -309,9 +309,15 @@ class OneCut(Staged):
 class TokenCarve(Staged):
     """Borda of attention and singular values; the lower half of the best 1.5 r partly merges into the upper."""
 
-    def __init__(self, model: nn.Module, layer: int = 2, keep: int | float = 0.2223) -> None:
+    def __init__(self, model: nn.Module, layer: int = 2, keep: int | float = 0.2223, compact: bool = True) -> None:
         super().__init__(model, [layer])
-        self.keep = keep
+        self.keep, self.compact = keep, compact
+
+    def hidden_keys(self, layer: int, keys: int) -> Tensor | None:
+        """Behind the prompt, the cut holds in the layers before it too."""
+        if self.compact and keys > len(self.gone):
+            layer = self.depth - 1
+        return super().hidden_keys(layer, keys)
 
     def decide(self, layer: int, x: Tensor) -> list[Tensor]:
         """See `Staged.decide`."""
