@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.profiles import Profile
 from vlm_attn.stages import HeadScale, ModelInfo, method_dataclass
 
 
@@ -25,8 +26,9 @@ class VHR(HeadScale):
 
     Attributes:
         alpha: factor (1 = no change).
-        last_layers: number of final layers; None means 14 of 32, scaled by depth [unverified for other depths].
-        include_layer1: also layer 1 (can destabilise harder benchmarks).
+        last_layers: number of final layers; None means what the checkpoint's authors published, else 14 of 32, scaled
+            by depth [unverified for other depths].
+        include_layer1: also layer 1 (can destabilise harder benchmarks); None as above, else yes.
         filter_outliers: the outlier filter.
         distance: ``"l2"``, or ``"l2_squared"`` as one port does (same median set, other filter).
         text_stream: ``"separate"``: an unreinforced text-only prefill; ``"paired"``: that stream is reinforced with
@@ -44,7 +46,7 @@ class VHR(HeadScale):
 
     alpha: Annotated[float, Field(ge=0)] = 2.0
     last_layers: Annotated[int, Field(ge=0)] | None = None
-    include_layer1: bool = True
+    include_layer1: bool | None = None
     filter_outliers: bool = True
     distance: Literal["l2", "l2_squared"] = "l2"
     text_stream: Literal["separate", "paired"] = "separate"
@@ -53,13 +55,15 @@ class VHR(HeadScale):
     def neutral(cls) -> VHR:
         return cls(alpha=1.0)
 
-    def resolve(self, model: ModelInfo, profile: object) -> VHR:
-        last = self.last_layers
+    def resolve(self, model: ModelInfo, profile: Profile) -> VHR:
+        published = profile.entries.get("vhr", {})
+        last, first = self.last_layers, self.include_layer1
         if last is None:
-            last = max(1, round(14 * model.layers / 32))
+            last = int(published.get("last_layers", max(1, round(14 * model.layers / 32))))
         if last > model.layers:
             raise ValueError(f"vhr: last_layers={last}, but the model has {model.layers} decoder layers")
-        return self.with_values(last_layers=last)
+        first = bool(published.get("include_layer1", True)) if first is None else first
+        return self.with_values(last_layers=last, include_layer1=first)
 
     @property
     def paired(self) -> bool:
