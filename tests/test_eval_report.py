@@ -120,3 +120,10 @@ def test_no_page_when_switched_off(tmp_path: Path) -> None:
     )
     assert run(config, FakeBackend()).report is None
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_page_says_how_to_repeat_it_and_counts_its_comparisons(result: RunResult) -> None:
+    assert result.report is not None
+    text = result.report.read_text()
+    assert "vlm-attn eval config.yaml --output" in text and "pip install" in text
+    assert "p (Holm)" in text and "With 12 comparisons in this run" in text

@@ -1,4 +1,4 @@
-"""The command line: ``vlm-attn ls | ask | read | eval | validate | score | calibrate | bench | demo``.
+"""The command line: ``vlm-attn VERB``; ``vlm-attn --help`` lists the verbs.
 
 Heavy modules are imported inside the verbs, so that ``vlm-attn --help`` answers at once. Every verb has ``--json``:
 standard output then holds one JSON document and nothing else. A mistake of the user gives one line on standard error
@@ -26,6 +26,7 @@ from rich.table import Table
 from typer.exceptions import TyperException
 
 import vlm_attn
+from vlm_attn.evaluation.compare_command import compare, leaderboard
 from vlm_attn.evaluation.score_command import score
 from vlm_attn.readouts.command import read
 
@@ -216,6 +217,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(min=1, help="Samples per benchmark.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the results.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key of the file: KEY=VALUE.")] = None,
+    launch: Annotated[int, typer.Option(min=1, max=1024, help="Processes that share the samples.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run a benchmark config: model x methods x benchmarks, with paired statistics and a report."""
@@ -224,7 +226,9 @@ def eval_(
     path = find_config(config)
     overrides = eval_overrides(path, {"model": model, "limit": limit, "output": output}, set_ or [])
     with quiet_stdout(as_json):
-        result = evaluation.run_config(path, overrides)
+        result = evaluation.run_config(path, overrides, processes=launch)
+    if result is None:  # one of several processes; another one scores
+        return
     if as_json:
         emit(result.to_dict())
     if result.failed:
@@ -278,6 +282,8 @@ def find_config(name: str) -> Path:
 
 
 app.command()(score)
+app.command()(compare)
+app.command()(leaderboard)
 
 
 # ------------------------------------------------------------------------------------- calibrate, bench and demo

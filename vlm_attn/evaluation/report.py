@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ from vlm_attn.evaluation.store import write_text
 from vlm_attn.evaluation.summary import Rater, flips, rater_for
 from vlm_attn.images import load_image
 
-__all__ = ["build_report", "write_report"]
+__all__ = ["build_report", "page", "write_report"]
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --good: #2f855a; --bad: #c53030; }
@@ -62,10 +63,14 @@ def build_report(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     parts = [_head(results), *plots[:1]]
     parts += [f"<section><h2>{escape(short(task))}</h2>{table}</section>" for task, table in _tables(results)]
     parts += [*plots[1:], _flips(results, recorder), _parsers(results), _settings(results)]
-    title = escape(f"vlm-attn: {results['model']}")
+    return page(f"vlm-attn: {results['model']}", "".join(parts))
+
+
+def page(title: str, body: str) -> str:
+    """A page that needs nothing else; ``title`` is plain text, ``body`` is HTML."""
     return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' "
-            f"content='width=device-width'><title>{title}</title><style>{_STYLE}</style></head>"
-            f"<body><main>{''.join(parts)}</main></body></html>\n")  # fmt: skip
+            f"content='width=device-width'><title>{escape(title)}</title><style>{_STYLE}</style></head>"
+            f"<body><main>{body}</main></body></html>\n")  # fmt: skip
 
 
 def _plot(title: str, caption: str, svg: str) -> str:
@@ -102,7 +107,7 @@ def _head(results: Mapping[str, Any]) -> str:
 
 def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """``(task, html table)`` for every benchmark with scores."""
-    hues = colours(results)
+    hues, holm = colours(results), tables.adjusted(results)
     for benchmark in results["config"]["benchmarks"]:
         task = benchmark["name"]
         rows = {label: tasks[task] for label, tasks in results["scores"].items() if task in tasks}
@@ -113,6 +118,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         compared = tables.COMPARED[first["kind"]]
         heads = ["method", *(tables.title(name) for name in names), f"Δ {tables.title(compared)} [95 %]"]
         heads += ["McNemar p"] if first["kind"] not in ("chair", "amber_g") else ["p"]
+        heads.append("p (Holm)")
         heads += ["tokens kept", "1st token", "per token", "total ms", "p90"]
         lines = []
         for label, score in rows.items():
@@ -120,7 +126,7 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             cells = [f"<span class='dot' style='background:{hues[label]}'></span>{escape(label)}"]
             cells += [f"{tables.shown(name, score['metrics'][name])} <small>±"
                       f"{tables.half_width(name, score['intervals'][name])}</small>" for name in names]  # fmt: skip
-            cells += _compared(pair, compared)
+            cells += [*_compared(pair, compared), _small(holm[label, task]) if pair else ""]
             kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
             cells.append(f"{kept['kept_tokens']:.0f} of {kept['visual_tokens']:.0f}" if kept else "–")
             cells += [tables.milliseconds(times, name) for name in ("first_token_s", "decode_s_per_token", "total_s")]
@@ -132,7 +138,8 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         on = f"{_many(first['n'], 'sample')} on {_many(first['images'], 'picture')}{reading}"
         note = (
             f"<p class='note'>{on}. Percent, ± half of the 95 % interval; times are medians in ms over the samples "
-            f"after {_many(results['config']['warmup'], 'warm-up')}.</p>"
+            f"after {_many(results['config']['warmup'], 'warm-up')}. With {_many(len(holm), 'comparison')} in this "
+            "run some differences look real by chance: p (Holm) is adjusted for their number, colours are not.</p>"
         )
         yield task, f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>{note}"
 
@@ -147,8 +154,11 @@ def _compared(pair: Mapping[str, Any] | None, metric: str) -> list[str]:
     colour = {"better": "good", "worse": "bad"}.get(tables.verdict(pair, metric))
     if colour:
         text = f"<span class='{colour}'>{text}</span>"
-    p = pair["mcnemar"]["p"] if "mcnemar" in pair else difference["p"]
-    return [text, "&lt; 0.001" if p < 0.001 else f"{p:.3f}"]
+    return [text, _small(tables.p_value(pair))]
+
+
+def _small(p: float) -> str:
+    return "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _flips(results: Mapping[str, Any], recorder: RunRecorder) -> str:
@@ -237,6 +247,18 @@ def _parsers(results: Mapping[str, Any]) -> str:
             f"and the share of predicted yes.</p>{''.join(blocks)}</section>")  # fmt: skip
 
 
+def _command(results: Mapping[str, Any]) -> str:
+    """What to type to get these figures again, in an environment with the same versions."""
+    versions = results["env"].get("versions", {})
+    pins = [f'"{name}=={version}"' for name, version in versions.items() if name not in ("python", "vlm-attn")
+            and version != "not installed"]  # fmt: skip
+    own = versions.get("vlm-attn", "")
+    return (
+        f'pip install "vlm-attn[eval]{"==" + own if own else ""}" {" ".join(pins)}\n'
+        f"vlm-attn eval config.yaml --output {shlex.quote(results['config']['output'] + '_again')}"
+    )
+
+
 def _settings(results: Mapping[str, Any]) -> str:
     rows = []
     for label, method in results["method"].items():
@@ -247,7 +269,7 @@ def _settings(results: Mapping[str, Any]) -> str:
     table = f"<tr><th>column</th><th class='left'>method with all its values</th><th>hash</th></tr>{''.join(rows)}"
     details = escape(json.dumps(data, indent=2, sort_keys=True))
     return (
-        "<section><h2>How it was made</h2><p class='note'>Repeat it with <code>vlm-attn eval config.yaml</code>, the "
-        f"file beside this page.</p><div class='scroll'><table>{table}</table></div><details><summary>Settings and "
-        f"versions</summary><pre>{details}</pre></details></section>"
+        "<section><h2>How it was made</h2><p class='note'>Repeat it with the file <code>config.yaml</code> beside "
+        f"this page:</p><pre>{escape(_command(results))}</pre><div class='scroll'><table>{table}</table></div>"
+        f"<details><summary>Settings and versions</summary><pre>{details}</pre></details></section>"
     )

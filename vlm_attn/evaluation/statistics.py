@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Interval", "McNemar", "bootstrap", "cluster_sums", "mcnemar", "paired_bootstrap", "wilson"]
+__all__ = ["Interval", "McNemar", "bootstrap", "cluster_sums", "holm", "mcnemar", "paired_bootstrap", "wilson"]
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
@@ -137,3 +137,13 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
         return McNemar(0, 0, 1.0)
     tail = sum(math.comb(n, i) for i in range(k + 1))  # exact integers: no underflow for any n
     return McNemar(gained, lost, min(1.0, 2 * tail / (1 << n)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjustment: p-values that may all be read against one level, however many comparisons there are."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    out, worst = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[place]))
+        out[place] = worst
+    return out

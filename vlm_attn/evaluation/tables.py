@@ -10,9 +10,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vlm_attn.evaluation.statistics import holm
 from vlm_attn.evaluation.summary import LOWER_IS_BETTER
 
-__all__ = ["COMPARED", "METRICS", "half_width", "milliseconds", "result_tables", "shown", "title", "verdict"]
+__all__ = [
+    "COMPARED",
+    "METRICS",
+    "adjusted",
+    "half_width",
+    "milliseconds",
+    "p_value",
+    "result_tables",
+    "shown",
+    "title",
+    "verdict",
+]
 
 METRICS: dict[str, tuple[str, ...]] = {
     "pope": ("accuracy", "precision", "recall", "f1", "yes_ratio"),
@@ -127,8 +139,7 @@ def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> T
             cells.append(f"{shown(name, score['metrics'][name])}[dim]{spread}[/dim]")
         pair = results["paired"].get(label, {}).get(task)
         if pair:
-            p = pair["mcnemar"]["p"] if "mcnemar" in pair else pair["difference"][compared]["p"]
-            cells += [_difference(compared, pair), f"{p:.3f}"]
+            cells += [_difference(compared, pair), f"{p_value(pair):.3f}"]
         else:
             cells += ["", ""]
         kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
@@ -149,6 +160,19 @@ def _averages(means: Mapping[str, Mapping[str, float]]) -> Table:
     for label, row in means.items():
         table.add_row(label, *(shown(name, row[name]) if name in row else "-" for name in names))
     return table
+
+
+def p_value(pair: Mapping[str, Any]) -> float:
+    """The p-value of a comparison's main metric: McNemar's on yes/no answers, else the bootstrap's."""
+    if "mcnemar" in pair:
+        return float(pair["mcnemar"]["p"])
+    return next(float(pair["difference"][name]["p"]) for name in COMPARED.values() if name in pair["difference"])
+
+
+def adjusted(results: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Holm-adjusted p-values of all comparisons of a run with its baseline, by (column, benchmark)."""
+    keys = [(label, task) for label, tasks in results["paired"].items() for task in tasks]
+    return dict(zip(keys, holm([p_value(results["paired"][label][task]) for label, task in keys]), strict=True))
 
 
 def verdict(pair: Mapping[str, Any], metric: str) -> str:
