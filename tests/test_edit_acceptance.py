@@ -161,6 +161,7 @@ OFF = [
     ("vaf", {"enh": 1.0, "sup": 1.0}),
     ("vas_boost", {"image": 0.0, "system": 0.0}),
     ("head_gate", {"heads": HEADS, "alpha": 1.0}),
+    ("ilvad", {"alpha": 0.0, "text": 0.0}),
 ]
 
 

@@ -93,7 +93,7 @@ class Reader(Recorder):
         if request is None:
             raise UnsupportedError("readouts need input_ids to find the visual tokens; inputs_embeds alone cannot do")
         if call.queries == call.keys:
-            self.read[layer] = _Layer(request.tokens_at(layer))
+            self.read[layer] = _Layer(request.tokens_at(layer).to(call.query.device))
             self._take_question(layer, call, request)
         elif call.queries != 1 or layer not in self.read:
             raise UnsupportedError(
@@ -157,13 +157,13 @@ class Reader(Recorder):
             "family": session.family.name,
             "methods": dump(session.methods),
         }
-        kinds = segments(request.tokens)
-        places = torch.cat([request.tokens.img_id[..., None], request.tokens.cell], dim=-1)
+        tokens = request.tokens.to(torch.device("cpu"))
+        kinds, places = segments(tokens), torch.cat([tokens.img_id[..., None], tokens.cell], dim=-1)
         found = []
         for row, length in enumerate(lengths):
-            valid = request.tokens.valid[row]
+            valid = tokens.valid[row]
             tensors: dict[str, Tensor | None] = {
-                name: torch.stack([getattr(self.read[layer], name)(row) for layer in layers])
+                name: torch.stack([getattr(self.read[layer], name)(row).cpu() for layer in layers])
                 for name in ("counts", "question", "question_vas")
             }
             tensors["shares"] = torch.stack([self._steps(n, "shares", row, length) for n in layers], dim=1)
@@ -172,25 +172,24 @@ class Reader(Recorder):
             )
             tensors["kinds"], tensors["places"] = kinds[row][valid], places[row][valid]
             if "sinks" in self.what:
-                width = request.tokens.length
-                tensors["received"] = torch.stack([self.read[n].received(row, width) for n in layers])[:, valid]
+                found_at = [self.read[n].received(row, tokens.length).cpu() for n in layers]
+                tensors["received"] = torch.stack(found_at)[:, valid]
             if vhd is not None:
                 tensors["vhd"] = vhd[:length, row]
-            held = {name: None if x is None else x.cpu() for name, x in tensors.items()}
-            record: Any = held  # a mapping of optional tensors; the required ones are always there
+            given: Any = tensors  # the required ones are always there
             found.append(
                 Record(
                     what=self.what,
                     layers=tuple(layers),
                     tokens=tuple(answers[row, :length].tolist()),
                     about=about,
-                    **record,
+                    **given,
                 )
             )
         return found
 
     def _steps(self, layer: int, name: str, row: int, length: int) -> Tensor:
-        return torch.stack([step[row] for step in getattr(self.read[layer], name)[:length]])
+        return torch.stack([step[row] for step in getattr(self.read[layer], name)[:length]]).cpu()
 
     def _vhd(self, layers: Sequence[int], inputs: Mapping[str, Any], answers: Tensor) -> Tensor | None:
         """fp32 ``[T, B, L, H]``: divergence of each step's head outputs from those of the text-only stream."""
@@ -206,7 +205,7 @@ class Reader(Recorder):
             answers[:, : steps - 1],
         )
         gaps = [torch.stack(self.rows_before[n]).float() - text[n].transpose(0, 1).float() for n in layers]
-        return torch.stack([gap.reshape(steps, batch, heads, -1).norm(dim=-1) for gap in gaps], dim=2)
+        return torch.stack([gap.reshape(steps, batch, heads, -1).norm(dim=-1).cpu() for gap in gaps], dim=2)
 
 
 def _text_rows(session: Session, ids: Tensor, mask: Tensor | None, answers: Tensor) -> dict[int, Tensor]:
