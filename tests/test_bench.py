@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
+import vlm_attn
 from vlm_attn import bench
+from vlm_attn.bench import edits, memory, overview, report
+from vlm_attn.flops import prefill_flops
 
 LLAVA = {"hidden": 4096, "inner": 11008}
 TEXT, VISUAL, LAYERS = 60, 576, 32
 
 
 def ratio(visual_per_layer: list[float]) -> float:
-    whole = bench.prefill_flops([TEXT + VISUAL] * LAYERS, **LLAVA)
-    return bench.prefill_flops([TEXT + v for v in visual_per_layer], **LLAVA) / whole
+    whole = prefill_flops([TEXT + VISUAL] * LAYERS, **LLAVA)
+    return prefill_flops([TEXT + v for v in visual_per_layer], **LLAVA) / whole
 
 
 @pytest.mark.parametrize(
@@ -50,12 +54,12 @@ def test_unknown_shape_and_empty_protocol_are_refused() -> None:
 
 def test_miniature_run(monkeypatch: pytest.MonkeyPatch) -> None:
     mini = bench.Shape("mini", layers=4, heads=4, kv_heads=2, visual=100, text=12, hidden=32, inner=64)
-    monkeypatch.setattr(bench, "SHAPES", {"mini": mini})
+    monkeypatch.setitem(bench.SHAPES, "mini", mini)
     seen: list[int] = []
-    report = bench.run_bench(["mini"], rounds=2, steps=2, tick=lambda: seen.append(1))
+    said = bench.run_bench(["mini"], rounds=2, steps=2, tick=lambda: seen.append(1))
     assert len(seen) == bench.ticks(["mini"], 2)
-    json.dumps(report)
-    rows = {row["config"]: row for row in report["shapes"][0]["rows"]}
+    json.dumps(said)
+    rows = {row["config"]: row for row in said["shapes"][0]["rows"]}
     assert list(rows)[:2] == ["stock", bench.CONTROL]
     assert rows["stock"]["prefill"]["ratio"] == 1
     assert rows["fastv 64"]["flops_ideal"] < rows[bench.CONTROL]["flops_ideal"] == 1
@@ -65,18 +69,110 @@ def test_miniature_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(rows["var"]["facts"]["edited_rows_per_layer"].values()) > 0
     assert rows["vhr"]["facts"]["scaled_heads_per_layer"]
     console = Console(record=True, width=160)
-    bench.print_report(report, console)
+    bench.print_report(said, console)
     text = console.export_text()
     assert "fastv 64" in text
-    assert ("VOID" in text) == (not report["valid"])
+    assert ("VOID" in text) == (not said["valid"])
 
 
 def test_a_loud_control_voids_the_run() -> None:
-    def config(name: str, seconds: float) -> bench.Config:
-        return bench.Config(name, None, [128] * 12, prefill=[seconds] * 3, decode=[seconds] * 3)
+    def config(name: str, seconds: float) -> overview.Config:
+        return overview.Config(name, None, [128] * 12, prefill=[seconds] * 3, decode=[seconds] * 3)
 
     names = ("stock", bench.CONTROL, "fastv 64", "var", "vhr")
     for control, valid in ((1.04, True), (1.06, False), (0.94, False)):
         configs = [config(n, control if n == bench.CONTROL else 1.0) for n in names]
         configs[-1].text_pass = [0.1] * 3
-        assert bench._report(bench.SHAPES["deep"], configs, {})["valid"] is valid
+        assert overview._report(bench.SHAPES["deep"], configs, {})["valid"] is valid
+
+
+# ---------------------------------------------------------------------------------------------------------- edits
+
+
+def test_miniature_run_of_all_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every edit method of the registry stands in the table and did something; whole answers come with them."""
+    mini = bench.Shape(
+        "mini", layers=4, heads=4, kv_heads=2, visual=100, text=12, hidden=32, inner=64, pictures=4
+    )  # fmt: skip
+    monkeypatch.setitem(edits.SHAPES, "mini", mini)
+    monkeypatch.setattr(memory, "peak", lambda run, device: run() and 1000)
+    seen: list[int] = []
+    said = bench.run_edits(["mini"], rounds=1, steps=2, tick=lambda: seen.append(1))
+    assert len(seen) == bench.edit_ticks(["mini"], 1)
+    json.dumps(said)
+    result = said["shapes"][0]
+    rows = {row["case"]: row for row in result["rows"]}
+    names = {row.name for row in vlm_attn.methods() if row.stage == "edit"} - {"placebo"}
+    assert names <= {name.split()[0] for name in rows}
+    for name, row in rows.items():
+        facts = {key: value for key, value in row["facts"].items() if value}
+        assert bool(facts) == (name not in (edits.CONTROL, edits.EAGER)), name
+        assert row["memory"]["ratio"] == 1
+    assert rows["vhr"]["prefill"]["bar"] is None
+    assert rows["var"]["prefill"]["bar"] == 1.10
+    assert {row["method"] for row in result["answers"]} == {"stock", "vhr", "pai", "ilvad"}
+    console = Console(record=True, width=240)
+    bench.print_report(said, console)
+    text = console.export_text()
+    assert "less its text-only pass" in text
+    assert "whole answers of 3 tokens" in text
+
+
+def test_a_case_is_compared_with_the_stock_runs_around_it() -> None:
+    pace, order = iter([1.0, 1.0, 3.0, 3.0, 3.0, 3.0]), []
+
+    def stock() -> edits.Taken:
+        order.append("stock")
+        return edits.Taken(next(pace), 1.0)
+
+    def run(case: edits.Case) -> edits.Taken:
+        order.append(case.name)
+        return edits.Taken(2.0, 1.0)
+
+    found = [edits.Case(name, edits.stock_run) for name in ("a", "b", "c")]
+    edits._round(found, stock, run)
+    assert order == ["stock", "a", "b", "stock", "c", "stock"]
+    ratios = [edits._row(case, None, "cpu")["prefill"]["ratio"] for case in found]
+    assert ratios == [2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize(("ratio", "valid"), [(1.04, True), (0.96, True), (1.06, False), (0.94, False)])
+def test_a_loud_control_voids_the_edits(ratio: float, valid: bool) -> None:
+    even = edits.Taken(1.0, 1.0)
+    control = edits.Case(edits.CONTROL, edits.stock_run, taken=[edits.Taken(1.0, ratio)], around=[(even, even)])
+    result = edits._report(edits.SHAPES["deep"], [control], None, [], "cpu")
+    assert result["valid"] is valid
+    assert ("VOID" in report._edit_caption(result)) is not valid
+    assert "not measured" in result["memory"]
+
+
+def test_peak_memory_of_a_forked_run() -> None:
+    small, large = (bench_peak(count) for count in (1, 64))
+    if small is None or large is None:
+        pytest.skip("no /proc here")
+    assert 50 * 2**20 < large - small < 80 * 2**20
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        memory.peak(lambda: 1 / 0, "cpu")
+
+
+def bench_peak(mebibytes: int) -> int | None:
+    return memory.peak(lambda: torch.ones(mebibytes * 2**18), "cpu")
+
+
+def test_edits_refuse_what_they_do_not_know() -> None:
+    for kwargs, message in (
+        ({"shapes": ["wide"]}, "unknown bench shape 'wide'"),
+        ({"shapes": ["7b-640"]}, "unknown bench shape"),
+        ({"clock": "sun"}, "unknown clock"),
+        ({"rounds": 0}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench.run_edits(**kwargs)
+    with pytest.raises(ValueError, match="unknown edit 'fastv'"):
+        bench.edit_ticks((), 1, ["fastv"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_shapes_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="no CUDA device"):
+        bench.run_edits(gpu=True)

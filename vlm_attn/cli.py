@@ -21,11 +21,11 @@ import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 from typer.exceptions import TyperException
 
 import vlm_attn
+from vlm_attn.bench_command import bench
 from vlm_attn.evaluation.compare_command import compare, leaderboard
 from vlm_attn.evaluation.score_command import score
 from vlm_attn.readouts.command import read
@@ -328,28 +328,7 @@ def calibrate(
     err.print(f"[green]written[/green] {escape(result['profile'])}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def bench(
-    shape: Annotated[list[str] | None, typer.Option("--shape", help="Model shape; repeat for more.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per shape.")] = 7,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write as well.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the speed of the methods against the stock model, in paired single-thread runs."""
-    from vlm_attn import bench as module
-
-    shapes = shape or ["deep", "long"]
-    with quiet_stdout(as_json), Progress(console=err, transient=True) as progress:
-        task = progress.add_task("bench", total=module.ticks(shapes, rounds))
-        result = module.run_bench(shapes, rounds=rounds, tick=lambda: progress.advance(task))
-    if output:
-        output.write_text(json.dumps(to_data(result), indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        emit(result)
-    else:
-        module.print_report(result, out)
-    if not result["valid"]:
-        raise typer.Exit(1)
+app.command()(bench)
 
 
 @app.command()

@@ -30,6 +30,9 @@ from .stages import (
     SoftMask,
 )
 
+# Maps are made this much longer than the keys at hand, so that most new tokens find them long enough.
+SPARE = 64
+
 
 class Edits:
     """The Edit methods of one pipeline. Holds no request state: that is passed in and kept there.
@@ -159,21 +162,27 @@ class Edits:
             found = request.maps.get((i, layer), KeyMap())
             if found.scale is None and found.boost is None:
                 continue
-            scale = None if found.scale is None else _pad(found.scale, call.keys, 1.0)
-            boost = None if found.boost is None else _pad(found.boost, call.keys)
+            if (found.scale if found.boost is None else found.boost).shape[-1] < call.keys:
+                length = call.keys + SPARE
+                scale = None if found.scale is None else _pad(found.scale, length, 1.0)
+                found = request.maps[i, layer] = KeyMap(
+                    scale, None if found.boost is None else _pad(found.boost, length)
+                )
+            scale, boost = (x if x is None else x[:, : call.keys] for x in (found.scale, found.boost))
             out.append(RowMap(scale, boost, self._gate(edit.rows, layer, call, request), edit.rows == "all"))
         return tuple(out)
 
     @staticmethod
     def _gate(rows: Rows, layer: int, call: Call, request: Request) -> Tensor:
         """bool ``[B, Q]``: the rows of this call that an edit acts in."""
-        tokens = request.tokens_at(layer)
-        has_image = tokens.vis.any(1, keepdim=True)
+        tokens, has_image = request.tokens_at(layer), request.pictured(layer)
         prefill = call.queries == call.keys
         if rows == "all":
             return tokens.valid if prefill else torch.ones_like(has_image).expand(-1, call.queries)
         if rows == "sees_image":
             return tokens.sees_image if prefill else has_image.expand(-1, call.queries)
+        if call.queries == 1:
+            return has_image
         gate = torch.zeros(tokens.batch, call.queries, dtype=torch.bool, device=has_image.device)
         gate[:, -1:] = has_image
         return gate
@@ -189,7 +198,9 @@ class Edits:
         Returns:
             The call with all that enters its logits, the output ``[B, Q, H, d]`` and the backend's weights, if any.
         """
-        call = replace(call, bias=self.bias(layer, call.keys, request), maps=self._maps(layer, call, request))
+        bias, maps = self.bias(layer, call.keys, request), self._maps(layer, call, request)
+        if bias is not None or maps:
+            call = replace(call, bias=bias, maps=maps)
         if call.queries == 1 and call.keys > 1:
             row = self._decode(layer, call, request)
             if row is not None:

@@ -68,6 +68,7 @@ class Request:
     cache_id: int | None = None
     compacted: PruneStage | None = None
     _grown: dict[int, TokenMap] = field(default_factory=dict, repr=False)
+    _pictured: dict[int, tuple[TokenMap, Tensor]] = field(default_factory=dict, repr=False)
 
     def stage_at(self, layer: int) -> PruneStage | None:
         """The stage whose kept slots layer ``layer`` runs on; behind the prompt, those that its cache holds."""
@@ -94,6 +95,15 @@ class Request:
             prompt = self.tokens_at(layer)
             found = self._grown[first] = prompt.extend(keys - prompt.length)
         return found
+
+    def pictured(self, layer: int) -> Tensor:
+        """bool ``[B, 1]``: whether any visual token of the sample reaches ``layer``."""
+        stage = self.stage_at(layer)
+        tokens = self.tokens if stage is None else stage.tokens
+        found = self._pictured.get(0 if stage is None else stage.layer)
+        if found is None or found[0] is not tokens:
+            found = self._pictured[0 if stage is None else stage.layer] = tokens, tokens.vis.any(1, keepdim=True)
+        return found[1]
 
     def kept(self, layer: int) -> list[Tensor]:
         """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""

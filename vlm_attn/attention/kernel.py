@@ -14,11 +14,12 @@ from .labelled import Labelled
 
 def suits(item: object, call: Call) -> TypeGuard[Labelled]:
     """Whether this edit of this call can be said to the operator: known keys per row, no change of the logits."""
-    if not isinstance(item, Labelled) or item.edit.segments > ops.LABELS or call.query.dtype not in ops.DTYPES:
+    if not isinstance(item, Labelled) or not ops.accelerated(call.query.device.type):
         return False
-    if call.bias is not None or call.maps or call.softcap is not None or item.edit.mix(item.counts) is None:
+    if call.bias is not None or call.maps or call.softcap is not None or not (call.plain or call.queries == 1):
         return False
-    return (call.plain or call.queries == 1) and ops.accelerated(call.query.device.type)
+    fits = item.edit.segments <= ops.LABELS and call.query.dtype in ops.DTYPES
+    return fits and item.edit.mix(item.counts) is not None
 
 
 def edit_rows(call: Call, item: Labelled, gate: Tensor, out: Tensor) -> tuple[Tensor, int]:

@@ -40,10 +40,24 @@ class Labelled:
         """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]``."""
         n = self.labels.shape[-1]
         prompt, new = weights[..., :n], weights[..., n:]
-        masses = prompt @ self.members
-        masses[..., self.edit.generated] += new.sum(-1)
+        masses = self._per_segment(prompt)
+        if new.shape[-1]:
+            masses[..., self.edit.generated] += new.sum(-1)
         scales = torch.where(active, self.scales(masses), 1.0)
-        edited = prompt * (scales @ self.members.transpose(-1, -2))
-        if not new.shape[-1]:
-            return edited
-        return torch.cat([edited, new * scales[..., self.edit.generated, None]], dim=-1)
+        edited = torch.empty_like(weights)
+        torch.mul(prompt, self._per_key(scales), out=edited[..., :n])
+        torch.mul(new, scales[..., self.edit.generated, None], out=edited[..., n:])
+        return edited
+
+    def _per_segment(self, weights: Tensor) -> Tensor:
+        """Sums ``[B, H, R, G]`` of the prompt's weights ``[B, H, R, n]`` over each segment."""
+        if self.members.shape[1] > 1:
+            return weights @ self.members
+        # One product per sample: the same labels for every head need no copy per head.
+        return (weights.flatten(1, 2) @ self.members[:, 0]).unflatten(1, weights.shape[1:3])
+
+    def _per_key(self, scales: Tensor) -> Tensor:
+        """Factors ``[B, H, R, n]`` of the prompt's keys from those of their segments ``[B, H, R, G]``."""
+        if self.members.shape[1] > 1:
+            return scales @ self.members.transpose(-1, -2)
+        return (scales.flatten(1, 2) @ self.members[:, 0].transpose(1, 2)).unflatten(1, scales.shape[1:3])

@@ -58,7 +58,7 @@ def edit_decode(call: Call, edits: Sequence[Gated]) -> tuple[Tensor | None, int]
     weights = current = call.finish(scores, row).softmax(-1)
     for item, gate in edits:
         current = item.apply(current, gate[:, None, :, None])
-    touched = current.ne(weights).any(-1)
+    touched = current.ne(weights).any(-1) if edits else torch.zeros_like(current[..., 0], dtype=torch.bool)
     for mapped in call.maps:
         touched |= mapped.gate[:, None]  # a map that acts changes every head
     edited = int(touched.sum())

@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from .. import draft
 from ..registry import method
 from ..session import Session, attach
-from ..stages import Method
+from ..stages import Method, RowEdit
 from . import memory, overview, setup
 from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
 
@@ -113,21 +113,22 @@ class MethodRun:
         self, model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
     ) -> Taken:
         with attach(model, self.method) as session:
-            if session.edits.drafting is not None:
-                session._drafted = self.drafted = self.drafted or _draft(session, model, job)
+            drafting = session.edits.drafting
+            if drafting is not None:
+                session._drafted = self.drafted = self.drafted or _draft(session, drafting, model, job)
             taken = stock_run(model, job, steps, now)
             taken.facts = _facts(session)
             taken.text_pass = session.last.times.get("text_stream_s", 0.0)
         return taken
 
 
-def _draft(session: Session, model: LlavaForConditionalGeneration, job: Request) -> draft.Drafted:
-    _, edit = session.edits.drafting or (0, None)
-    if edit is None:
-        raise ValueError("nothing drafts")
-    layers = session.edits.layers[session.edits.drafting[0]] if session.edits.drafting else frozenset()
+def _draft(
+    session: Session, drafting: tuple[int, RowEdit], model: LlavaForConditionalGeneration, job: Request
+) -> draft.Drafted:
+    number, edit = drafting
+    generate = functools.partial(type(model).generate, model)
     inputs = {"input_ids": job.ids, "pixel_values": job.pixels}
-    return draft.run(session, edit, layers, functools.partial(type(model).generate, model), (), inputs)
+    return draft.run(session, edit, session.edits.layers[number], generate, (), inputs)
 
 
 def _facts(session: Session) -> dict[str, Any]:
@@ -240,8 +241,6 @@ def bench_shape(
             case.peak = memory.peak(functools.partial(case.run, model, job, 2, now), device)
             tick()
         stock()
-        for case in found:
-            run(case)
         for number in range(rounds):
             first = number * BETWEEN_STOCK % len(found)
             _round(found[first:] + found[:first], stock, run)
@@ -364,7 +363,7 @@ def run_edits(
 
     Args:
         shapes: names out of `SHAPES` (`GPU_SHAPES` with ``gpu``); all of them by default.
-        rounds: timed rounds per shape, after one that warms up.
+        rounds: timed rounds per shape, after one stock run that warms up.
         steps: decode steps per run.
         clock: `"wall"` is the protocol; `"cpu"` counts this process only.
         gpu: LLaVA-1.5-7B shapes in bf16 on the CUDA device, instead of fp32 on one CPU thread.
@@ -397,7 +396,13 @@ def run_edits(
         "format": 1,
         "bench": "edits",
         "env": env,
-        "protocol": {"rounds": rounds, "decode_steps": steps, "threads": 1, "clock": clock, "warm_up_rounds": 1},
+        "protocol": {
+            "rounds": rounds,
+            "decode_steps": steps,
+            "threads": 1,
+            "clock": clock,
+            "warm_up": "one stock run",
+        },
         "shapes": results,
         "valid": all(result["valid"] for result in results),
     }
@@ -406,4 +411,4 @@ def run_edits(
 def edit_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = (), peers: int = 0) -> int:
     """How often `run_edits` calls `tick`."""
     each = len(_chosen(cases(SHAPES["long"], 1.0), only)) + peers
-    return (len(shapes) or 2) * (rounds + 2) * each
+    return (len(shapes) or 2) * (rounds + 1) * each
