@@ -157,6 +157,15 @@ def document(data: dict[str, Any]) -> str:
     if handmade:
         tail += ["## Inputs", "", "Inputs come from the family's real processor, built offline, except:", ""]
         tail += [f"- {family}: {reason}" for family, reason in handmade.items()]
+    later = {f: SPECIMENS[f].since for f in families if SPECIMENS[f].since}
+    if later:
+        tail += ["", "## Older transformers", ""]
+        tail += [
+            "Everything runs from transformers 5.17 on (the oldest is tested by `make test-oldest`) but for these families,",
+            "whose models came later: " + ", ".join(f"{f} {version}" for f, version in later.items()) + ". Models of 5.17",
+            "take pixels only, not finished features; contrastive decoding refuses blip-2, instructblip, mllama and the",
+            "videos of llava_onevision there.",
+        ]
     if data["unsupported"]:
         tail += ["", "## Families that cannot be served", ""]
         tail += [f"- {family}: {reason}" for family, reason in data["unsupported"].items()]
