@@ -1,0 +1,63 @@
+"""One miniature run of the pruning bench: every case, its arithmetic, its table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+import vlm_attn
+from vlm_attn.bench import memory, overview, prune, report, setup
+
+MINI = setup.Shape("mini", layers=8, heads=4, kv_heads=4, visual=144, text=12, hidden=32, inner=64)
+
+
+@pytest.fixture(scope="module")
+def said() -> dict:
+    patch = pytest.MonkeyPatch()
+    patch.setitem(prune.SHAPES, "mini", MINI)
+    patch.setattr(memory, "peak", lambda run, device: 1 << 20)  # forked runs are slow, and tested elsewhere
+    ticks: list[int] = []
+    try:
+        out = prune.run_prune(["mini"], rounds=1, steps=2, tick=lambda: ticks.append(1))
+        assert len(ticks) == prune.prune_ticks(["mini"], 1)
+    finally:
+        patch.undo()
+    return out
+
+
+def test_every_pruning_method_has_a_row(said: dict) -> None:
+    wanted = {row.name for row in vlm_attn.methods() if row.stage == "prune"}
+    assert {case.method.name for case in prune.cases(MINI)} == wanted
+    assert len(said["shapes"][0]["rows"]) == len(prune.cases(MINI))
+    assert json.loads(json.dumps(said))["bench"] == "prune"
+
+
+def test_figures_follow_from_the_lengths(said: dict) -> None:
+    rows = {row["case"]: row for row in said["shapes"][0]["rows"]}
+    assert rows[overview.CONTROL]["equivalent_tokens"] == 144
+    assert rows[overview.CONTROL]["flops_ideal"] == 1
+    assert rows["random_prune"]["visual_tokens_per_layer"] == [16] * 8
+    assert rows["fastv"]["visual_tokens_per_layer"] == [144] * 2 + [16] * 6
+    assert rows["fastv"]["equivalent_tokens"] == 48
+    assert rows["tome"]["equivalent_tokens"] < 60
+    for row in rows.values():
+        assert row["of_ideal_speedup"] == pytest.approx(row["flops_ideal"] / row["prefill"]["ratio"])
+        assert 0 < row["scoring"]["median_s"] < row["prefill"]["median_s"]
+
+
+def test_table_shows_every_row(said: dict) -> None:
+    console = Console(width=300, record=True)
+    report.print_report(said, console)
+    text = console.export_text()
+    for row in said["shapes"][0]["rows"]:
+        assert row["case"] in text
+    assert "vlm_attn/flops.py" in text
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown pruning method 'var'"):
+        prune.run_prune(only=["var"])
+    with pytest.raises(ValueError, match="unknown bench shape 'wide'"):
+        prune.run_prune(["wide"])

@@ -1,0 +1,335 @@
+"""Every pruning method against the stock model: what it keeps, what that allows, what it gives, what choosing costs.
+
+The language model is timed on random weights, the tiny vision tower along with it. Each round times every case once,
+in rotating order, with a stock run before the first, after the last and after every second one; a time is divided by
+the mean of the stock runs around it. A pruner that keeps everything is timed along: where it does not land within 5 %
+of stock, the run is void.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import LlavaForConditionalGeneration
+
+from ..kit.budgets import equivalent_tokens
+from ..registry import method
+from ..session import Session, attach
+from ..stages import Method
+from . import memory, setup
+from .overview import CONTROL, ideal_ratio
+from .setup import CLOCKS, CONTROL_TOLERANCE, Request, Shape
+
+FORMULA = "(2 + 2 s) n d^2 + n (n + 1) d + 3 n d m per layer, s = share of key/value heads (vlm_attn/flops.py, causal)"
+SHARE = 1 / 9
+BARS = {"input": 0.85, "layer 2": 0.90}
+SCORING_BAR, DECODE_BAR = 0.02, 1.0
+BETWEEN_STOCK = 2
+
+SHAPES = {
+    "640": Shape("640", layers=12, heads=16, kv_heads=16, visual=576, text=64),
+    "2944": Shape("2944", layers=12, heads=16, kv_heads=16, visual=2880, text=64, pictures=5),
+}
+
+
+@dataclass
+class Taken:
+    """One run in seconds: prefill, one decoded token, and what of the prefill went into choosing."""
+
+    prefill: float
+    decode: float
+    scoring: float = 0.0
+
+
+@dataclass
+class Case:
+    """One row of the table.
+
+    Attributes:
+        kind: where tokens leave: ``input``, ``layer 2``, ``stages`` or ``encoder``; the first two have a bar.
+        attention: the choice is made by attention alone, whose cost has a bar.
+    """
+
+    name: str
+    method: Method
+    kind: str
+    attention: bool = False
+    taken: list[Taken] = field(default_factory=list)
+    around: list[tuple[Taken, Taken]] = field(default_factory=list)
+    per_layer: list[int] = field(default_factory=list)
+    peak: int | None = None
+
+
+def cases(shape: Shape) -> list[Case]:
+    """The keep-all control and every pruning method, one ninth kept where the budget is one number."""
+
+    def case(name: str, kind: str, attention: bool = False, label: str = "", **params: Any) -> Case:
+        return Case(label or name, method(name, **params), kind, attention)
+
+    ninth: dict[str, Any] = {"keep": SHARE}
+    return [
+        case("fastv", "control", label=CONTROL, keep=1.0),
+        case("random_prune", "input", layer=0, **ninth),
+        case("uniform_prune", "input", layer=0, **ninth),
+        case("norm_prune", "input", **ninth),
+        case("fastervlm", "input", True, **ninth),
+        case("text_dominance_compress", "input", True, reduction=1 - SHARE),
+        case("vispruner", "input", **ninth),
+        case("visionzip", "input", **ninth),
+        case("holov", "input", **ninth),
+        case("prumerge", "input"),
+        case("apet", "input", **ninth),
+        case("divprune", "input", **ninth),
+        case("cdpruner", "input", **ninth),
+        case("zoo_prune", "input", label="zoo_prune m=8", m=8, **ninth),
+        case("fastv", "layer 2", True, **ninth),
+        case("dart", "layer 2", **ninth),
+        case("tokencarve", "layer 2", **ninth),
+        case("himap", "stages", True),
+        case("pyramiddrop", "stages", True),
+        case("feather", "stages", True),
+        case("sparsevlm", "stages", budget=64),
+        case("sparsevlm", "stages", True, "sparsevlm plus", version="plus", budget=64),
+        case("spatten", "stages", **ninth),
+        case("tome", "encoder", **ninth),
+        case("flowcut", "encoder", **ninth),
+        case("illava", "encoder"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- the runs
+
+
+class _Meter:
+    """Seconds spent inside some methods of an object."""
+
+    def __init__(self, now: Callable[[], float]):
+        self.now, self.seconds, self._inside = now, 0.0, False
+
+    def watch(self, owner: Any, name: str) -> None:
+        """Times ``owner.name`` from now on; calls inside watched calls count once."""
+        inner = getattr(owner, name)
+
+        @functools.wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return inner(*args, **kwargs)
+            self._inside, start = True, self.now()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._inside = False
+                self.seconds += self.now() - start
+
+        setattr(owner, name, timed)
+
+
+def _pass(
+    model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
+) -> tuple[float, float]:
+    start = now()
+    cache = setup.prefill(model, job, encode=True)
+    middle = now()
+    setup.decode(model, job, cache, steps)
+    return middle - start, (now() - middle) / steps
+
+
+def run_case(
+    model: LlavaForConditionalGeneration, job: Request, case: Case, steps: int, now: Callable[[], float]
+) -> Taken:
+    """One run with the method attached; attaching itself is not timed."""
+    with attach(model, case.method) as session:
+        meter = _Meter(now)
+        watched = ("read", "_read_ahead", "_cut", "cut_heads")
+        for name in watched:
+            meter.watch(session.pruner, name)
+        if session.encoder.shrinker is not None:
+            meter.watch(session.encoder.shrinker, "_decide")
+        prefill, decode = _pass(model, job, steps, now)
+        case.per_layer = _lengths(session)
+    return Taken(prefill, decode, meter.seconds)
+
+
+def _lengths(session: Session) -> list[int]:
+    """Visual tokens that every layer processed."""
+    return [int(n) for n in session.last.kept_per_layer(session.info.layers)[0]]
+
+
+def _round(found: list[Case], stock: Callable[[], Taken], run: Callable[[Case], Taken]) -> None:
+    before = stock()
+    for start in range(0, len(found), BETWEEN_STOCK):
+        group = found[start : start + BETWEEN_STOCK]
+        taken = [run(case) for case in group]
+        after = stock()
+        for case, one in zip(group, taken, strict=True):
+            case.taken.append(one)
+            case.around.append((before, after))
+        before = after
+
+
+def bench_shape(
+    shape: Shape,
+    rounds: int,
+    steps: int,
+    clock: str = "wall",
+    only: Sequence[str] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measures one shape; see :func:`run_prune`."""
+    with setup.quiet(1):
+        model = setup.build(shape)
+        job = setup.request(model, shape)
+        now = CLOCKS[clock]
+        found = chosen(cases(shape), only)
+
+        def run(case: Case) -> Taken:
+            tick()
+            return run_case(model, job, case, steps, now)
+
+        def stock() -> Taken:
+            return Taken(*_pass(model, job, steps, now))
+
+        bytes_of_stock = memory.peak(lambda: _pass(model, job, 1, now), "cpu")
+        for case in found:
+            case.peak = memory.peak(functools.partial(run_case, model, job, case, 1, now), "cpu")
+            tick()
+        stock()
+        for case in found:
+            run(case)
+        for number in range(rounds):
+            first = number * BETWEEN_STOCK % len(found)
+            _round(found[first:] + found[:first], stock, run)
+    return _report(shape, found, steps, bytes_of_stock)
+
+
+def chosen(found: list[Case], only: Sequence[str]) -> list[Case]:
+    """The cases of these methods, and the control.
+
+    Raises:
+        ValueError: no case of that name.
+    """
+    names = {case.method.name for case in found}
+    for name in only:
+        if name not in names:
+            raise ValueError(f"unknown pruning method {name!r}: choose from {', '.join(sorted(names))}")
+    return [case for case in found if not only or case.method.name in only or case.name == CONTROL]
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+
+def _report(shape: Shape, found: list[Case], steps: int, stock_peak: int | None) -> dict[str, Any]:
+    stock = [taken for case in found for pair in case.around for taken in pair]
+    stock_prefill = statistics.median(taken.prefill for taken in stock)
+    rows = [_row(shape, case, steps, stock_prefill, stock_peak) for case in found]
+    control = rows[0]
+    off = max(abs(control[name]["ratio"] - 1) for name in ("prefill", "decode"))
+    return {
+        "shape": asdict(shape),
+        "flops_formula": FORMULA,
+        "stock": {
+            "prefill_s": stock_prefill,
+            "decode_s": statistics.median(taken.decode for taken in stock),
+            "peak_bytes": stock_peak,
+        },
+        "rows": rows,
+        "memory": memory.HOW["cpu"] if stock_peak is not None else "not measured: no /proc here",
+        "control_off_by": off,
+        "valid": off <= CONTROL_TOLERANCE,
+    }
+
+
+def _row(shape: Shape, case: Case, steps: int, stock_prefill: float, stock_peak: int | None) -> dict[str, Any]:
+    def ratio(read: Callable[[Taken], float]) -> dict[str, float]:
+        values = [read(taken) for taken in case.taken]
+        around = [statistics.fmean(map(read, pair)) for pair in case.around]
+        ratios = [value / unit for value, unit in zip(values, around, strict=True)]
+        return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
+
+    prefill = ratio(lambda taken: taken.prefill)
+    ideal = ideal_ratio(shape, [shape.text + n for n in case.per_layer])
+    scoring = statistics.median(taken.scoring for taken in case.taken)
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "nominal": nominal(case.method),
+        "equivalent_tokens": equivalent_tokens(case.per_layer),
+        "visual_tokens_per_layer": case.per_layer,
+        "flops_ideal": ideal,
+        "prefill": prefill,
+        "of_ideal_speedup": ideal / prefill["ratio"],
+        "of_ideal_bar": BARS.get(case.kind),
+        "end_to_end": {**ratio(lambda taken: taken.prefill + steps * taken.decode), "decode_steps": steps},
+        "decode": {**ratio(lambda taken: taken.decode), "bar": DECODE_BAR},
+        "scoring": {
+            "median_s": scoring,
+            "of_stock_prefill": scoring / stock_prefill,
+            "bar": SCORING_BAR if case.attention else None,
+        },
+        "memory": {
+            "peak_bytes": case.peak,
+            "ratio": case.peak / stock_peak if case.peak and stock_peak else None,
+        },
+    }
+
+
+def nominal(chosen: Method) -> str:
+    """The budget as the method's parameters say it."""
+    said = {k: v for k, v in chosen.to_dict().items() if k in ("keep", "reduction", "budget") and v is not None}
+    if chosen.name == "prumerge":
+        return "adaptive"
+    return ", ".join(f"{k} {round(v, 4) if isinstance(v, float) else v}" for k, v in said.items())
+
+
+def run_prune(
+    shapes: Sequence[str] = (),
+    *,
+    rounds: int = 5,
+    steps: int = 12,
+    clock: str = "wall",
+    only: Sequence[str] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Measures every pruning method on the named shapes, fp32, one thread.
+
+    Args:
+        shapes: names out of `SHAPES`; all of them by default.
+        rounds: timed rounds per shape, after one that warms up.
+        steps: decode steps per run.
+        clock: `"wall"` is the protocol; `"cpu"` counts this process only.
+        only: these methods alone, with the control.
+        tick: called `prune_ticks(...)` times in all.
+
+    Returns:
+        JSON-ready dict: `env`, `protocol`, `shapes` (stock, rows, control), `valid`.
+
+    Raises:
+        ValueError: unknown shape, method or clock, or an empty protocol.
+    """
+    for name in shapes:
+        if name not in SHAPES:
+            raise ValueError(f"unknown bench shape {name!r}: choose from {', '.join(SHAPES)}")
+    if clock not in CLOCKS:
+        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
+    if rounds < 1 or steps < 1:
+        raise ValueError(f"rounds={rounds} and steps={steps} must both be at least 1")
+    chosen(cases(SHAPES["640"]), only)
+    env = setup.environment()
+    results = [bench_shape(SHAPES[name], rounds, steps, clock, only, tick) for name in shapes or list(SHAPES)]
+    return {
+        "format": 1,
+        "bench": "prune",
+        "env": env,
+        "protocol": {"rounds": rounds, "decode_steps": steps, "threads": 1, "clock": clock, "warm_up_rounds": 1},
+        "shapes": results,
+        "valid": all(result["valid"] for result in results),
+    }
+
+
+def prune_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = ()) -> int:
+    """How often `run_prune` calls `tick`."""
+    return (len(shapes) or len(SHAPES)) * (rounds + 2) * len(chosen(cases(SHAPES["640"]), only))
