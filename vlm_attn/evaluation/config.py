@@ -162,6 +162,8 @@ class EvalConfig(_Strict):
     - ``dtype``, ``device``, ``attention``: passed when the model is loaded; ``threads``: CPU threads of torch.
     - ``max_new_tokens``: replaces every task's own; ``warmup``: discarded generations before timing starts.
     - ``resamples``: bootstrap size of the intervals; ``parser``: POPE parser of the headline figures.
+    - ``cache``: folder of answers kept across runs; an answer is taken from it only if nothing that could change it
+      has changed (`cache`). Off by default; cached answers have no times.
     - ``output``: result folder, default ``runs/<name of the config file>``; ``report``: also write the HTML report.
     - ``resume``: continue what the output folder holds (default); false starts it anew.
     - ``quiet``: no tables and bars in the terminal.
@@ -183,6 +185,7 @@ class EvalConfig(_Strict):
     warmup: int = Field(default=3, ge=0, le=1000)
     resamples: int = Field(default=2000, ge=100, le=100_000)
     parser: Literal["pope", "opera", "vcd", "strict", "vlmevalkit", "ours"] = "pope"
+    cache: str | None = None
     output: str = ""
     report: bool = True
     resume: bool = True

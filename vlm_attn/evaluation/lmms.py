@@ -20,6 +20,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from vlm_attn.evaluation.answers import Produced, cut_at, generation_settings, plain, sample_seed
+from vlm_attn.evaluation.cache import ResponseCache
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.progress import Bar, single_bar
 from vlm_attn.evaluation.ranks import Rank, ShareDone
@@ -29,7 +30,7 @@ __all__ = ["Recorder", "VlmAttnChat"]
 logger = logging.getLogger(__name__)
 
 LOAD_KEYS = ("attn_implementation", "device_map", "dtype", "revision")
-OWN_KEYS = ("pretrained", "method", "batch_size", "max_batch_size", "device", "seed", "max_new_tokens")
+OWN_KEYS = ("pretrained", "method", "batch_size", "max_batch_size", "device", "seed", "max_new_tokens", "cache")
 
 
 class Recorder(Protocol):
@@ -71,6 +72,7 @@ class VlmAttnChat(lmms):
 
     - ``pretrained``: hub id, folder or ``scenes``; ``method`` and further keys: see the module text.
     - ``batch_size``: requests per padded batch; ``seed``: mixed with task and sample id into a seed per sample.
+    - ``cache``: folder of answers kept across runs (`cache.ResponseCache`).
     - ``max_new_tokens``: replaces the tasks' own; ``device``: ``cpu``, ``cuda`` ...
     - ``dtype``, ``attn_implementation``, ``device_map``, ``revision`` go to the loader.
     """
@@ -86,6 +88,7 @@ class VlmAttnChat(lmms):
         device: str | None = None,
         seed: int = 0,
         max_new_tokens: int | None = None,
+        cache: str | None = None,
         **extra: Any,
     ) -> None:
         super().__init__()
@@ -96,7 +99,7 @@ class VlmAttnChat(lmms):
         if device is not None and "device_map" not in load:
             load["device_map"] = Rank.current().device(device)
         vlm = vlm_attn.wrap(str(pretrained), spec, **load)
-        self._setup(lambda: vlm, batch_size, seed, max_new_tokens)
+        self._setup(lambda: vlm, batch_size, seed, max_new_tokens, cache)
 
     @classmethod
     def from_vlm(
@@ -109,6 +112,7 @@ class VlmAttnChat(lmms):
         recorder: Recorder | None = None,
         bar: Bar = single_bar,
         rank: Rank | None = None,
+        cache: str | None = None,
     ) -> VlmAttnChat:
         """Around a VLM made elsewhere: ``provide()`` is called when an answer is needed, and may load it then.
 
@@ -116,11 +120,18 @@ class VlmAttnChat(lmms):
         """
         self = cls.__new__(cls)
         lmms.__init__(self)
-        self._setup(provide, batch_size, seed, max_new_tokens)
+        self._setup(provide, batch_size, seed, max_new_tokens, cache)
         self.recorder, self.bar, self.rank_of_run = recorder, bar, rank
         return self
 
-    def _setup(self, provide: Callable[[], Any], batch_size: int | str, seed: int, max_new_tokens: int | None) -> None:
+    def _setup(
+        self,
+        provide: Callable[[], Any],
+        batch_size: int | str,
+        seed: int,
+        max_new_tokens: int | None,
+        cache: str | None,
+    ) -> None:
         if isinstance(batch_size, str) and not batch_size.isdigit():
             raise ValueError(f"batch_size must be a number, got {batch_size!r}: automatic sizes are not supported.")
         self._provide = provide
@@ -131,6 +142,7 @@ class VlmAttnChat(lmms):
         self.bar: Bar = single_bar
         self.warmup = 0
         self.rank_of_run: Rank | None = None
+        self.cache = ResponseCache(cache) if cache else None
 
     @property
     def vlm(self) -> Any:
@@ -205,15 +217,29 @@ class VlmAttnChat(lmms):
         settings, until = generation_settings(batch[0][2], self.max_new_tokens)
         _, _, _, doc_id, task, _ = batch[0]
         try:
-            while self.warmup > 0:
-                self.warmup -= 1
-                self._answer(vlm, chats, settings, task, doc_id)
-            produced = self._answer(vlm, chats, settings, task, doc_id)
+            produced = self._cached(vlm, chats, settings, task, doc_id)
         except Exception as error:
             ids = ", ".join(str(args[3]) for args in batch)
             raise RuntimeError(f"{task}, sample {ids}: {type(error).__name__}: {error}") from error
         for item in produced:
             item.text, item.settings = cut_at(item.text, until), settings
+        return produced
+
+    def _cached(
+        self, vlm: Any, chats: list[ChatMessages], settings: dict[str, Any], task: str, doc_id: int
+    ) -> list[Produced]:
+        """Answers of a batch from the cache if all of them are there, else from the model."""
+        keys = self.cache.keys(vlm, chats, settings, sample_seed(self.seed, task, doc_id)) if self.cache else []
+        found = [self.cache.get(key) for key in keys] if self.cache else [None]
+        if None not in found:
+            return [produced for produced in found if produced]
+        while self.warmup > 0:
+            self.warmup -= 1
+            self._answer(vlm, chats, settings, task, doc_id)
+        produced = self._answer(vlm, chats, settings, task, doc_id)
+        if self.cache:
+            for key, item in zip(keys, produced, strict=True):
+                self.cache.put(key, item)
         return produced
 
     def _answer(

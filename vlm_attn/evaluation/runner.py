@@ -353,6 +353,7 @@ def _run_methods(
             recorder=recorder,
             bar=progress.bar,
             rank=rank,
+            cache=config.cache,
         )
         for entry in config.methods:
             digest = method_hash(described[entry.label])

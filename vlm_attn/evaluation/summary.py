@@ -306,7 +306,7 @@ def latency(timings: Sequence[Row], warmup: int) -> dict[str, Any]:
             times["first_token_s"] = times["encode_s"] + times["prefill_s"]
         for name, seconds in times.items():
             series.setdefault(name, []).append(seconds)
-    out: dict[str, Any] = {"n": len(timings), "warmup": warmup}
+    out: dict[str, Any] = {"n": sum(bool(row["times"]) for row in timings), "warmup": warmup}  # cached: no times
     for name in sorted(series):
         values = series[name]
         out[name] = {"median": median(values), "p90": float(np.quantile(values, 0.9)), "mean": float(np.mean(values))}
