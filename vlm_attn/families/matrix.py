@@ -161,10 +161,11 @@ def document(data: dict[str, Any]) -> str:
     if later:
         tail += ["", "## Older transformers", ""]
         tail += [
-            "Everything runs from transformers 5.17 on (the oldest is tested by `make test-oldest`) but for these families,",
-            "whose models came later: " + ", ".join(f"{f} {version}" for f, version in later.items()) + ". Models of 5.17",
-            "take pixels only, not finished features; contrastive decoding refuses blip-2, instructblip, mllama and the",
-            "videos of llava_onevision there.",
+            "Everything runs from transformers 5.17 on (`make test-oldest` tests that release) but for families whose",
+            "models came later: " + ", ".join(f"{f} {version}" for f, version in later.items()) + ".",
+            "",
+            "Models of 5.17 take pixels only, not finished features: there, contrastive decoding refuses blip-2,",
+            "instructblip, mllama and the videos of llava_onevision.",
         ]
     if data["unsupported"]:
         tail += ["", "## Families that cannot be served", ""]
