@@ -14,11 +14,14 @@ __all__ = ["bench"]
 
 def bench(
     what: Annotated[
-        Literal["overview", "edits"], typer.Argument(help="overview: fastv, var, vhr; edits: every attention edit.")
+        Literal["overview", "edits", "prune"],
+        typer.Argument(help="overview: fastv, var, vhr; edits: every attention edit; prune: every pruning method."),
     ] = "overview",
     shape: Annotated[list[str] | None, typer.Option("--shape", help="Model shape; repeat for more.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds per shape (7; edits: 5).")] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help="edits: these alone; repeat for more.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds per shape (7; edits, prune: 5).")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="edits, prune: these alone; repeat for more.")
+    ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="edits: LLaVA-1.5-7B shapes in bf16 on the CUDA device.")] = False,
     clock: Annotated[
         Literal["wall", "cpu"], typer.Option(help="cpu: time of this process alone, for a machine that is not quiet.")
@@ -30,8 +33,10 @@ def bench(
     from vlm_attn import bench as module
     from vlm_attn import cli
 
-    if what == "overview" and (gpu or method):
-        raise typer.BadParameter("--gpu and --method belong to: vlm-attn bench edits")
+    if what == "overview" and method:
+        raise typer.BadParameter("--method belongs to: vlm-attn bench edits, vlm-attn bench prune")
+    if what != "edits" and gpu:
+        raise typer.BadParameter("--gpu belongs to: vlm-attn bench edits")
     # Without its refreshing thread: the memory runs fork this process.
     with cli.quiet_stdout(as_json), Progress(console=cli.err, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("bench")
@@ -46,6 +51,10 @@ def bench(
             result = module.run_edits(
                 shape or (), rounds=rounds, clock=clock, gpu=gpu, only=method or (), tick=tick
             )  # fmt: skip
+        elif what == "prune":
+            rounds = rounds or 5
+            progress.update(task, total=module.prune_ticks(shape or (), rounds, method or ()))
+            result = module.run_prune(shape or (), rounds=rounds, clock=clock, only=method or (), tick=tick)
         else:
             shape, rounds = shape or ["deep", "long"], rounds or 7
             progress.update(task, total=module.ticks(shape, rounds))
