@@ -88,3 +88,14 @@ def test_a_recipe_runs_on_a_tiny_model(
     assert counts == [4, 4, 4, 2, 4]
     assert all(pair["same_text"] == 1 for pair in result.results["paired"]["noop"].values())
     assert result.results["kept_tokens"]["fastv"]["local_mme"]["keep_ratio"] < 1
+
+
+def test_the_table_of_published_figures_names_methods_that_exist() -> None:
+    import re
+
+    import vlm_attn
+
+    text = (FOLDER.parent / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
+    names = {row.name for row in vlm_attn.methods()}
+    assert len(rows) > 20 and rows <= names
