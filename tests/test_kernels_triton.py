@@ -13,13 +13,19 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("test_kernels.py runs this module with TRITON_INTERPRET=1", allow_module_level=True)
 
+import dataclasses
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vlm_attn
 import vlm_attn_kernels
 from tests.kernel_checks import ACT, ADHH, MIXES, VAR, Case, Inputs, check_mass, check_segments
 from vlm_attn import ops
+from vlm_attn.attention import columns, plans, rows
+from vlm_attn.attention.call import Call
+from vlm_attn.attention.labelled import Labelled
 from vlm_attn_kernels import launch
 
 vlm_attn_kernels.register("cpu")
@@ -154,3 +160,64 @@ def test_mass_property(
 @given(case=SIZES, name=st.sampled_from(sorted(MIXES)), per_head=st.booleans(), active=st.booleans())
 def test_segments_property(short_spans: None, case: Case, name: str, per_head: bool, active: bool) -> None:
     check_segments(Inputs.of(case, per_head=per_head), MIXES[name], active)
+
+
+# ------------------------------------------------------------------------------------------------- in the engine
+
+
+def engine_call(queries: int = 40) -> Call:
+    generator = torch.Generator().manual_seed(queries)
+    q = torch.randn(2, 2, queries, 64, generator=generator)
+    k, v = (torch.randn(2, 1, 40, 64, generator=generator) for _ in range(2))
+    return Call(q, k, v, None, 0.125, True, None, None)
+
+
+def sinks() -> tuple[Labelled, torch.Tensor]:
+    """VAR with sinks among picture (slots 6 to 20) and text, and the rows behind the picture."""
+    labels = torch.zeros(2, 40, dtype=torch.uint8)
+    labels[:, 6:20], labels[:, 8], labels[0, 25] = 1, 2, 3
+    edit = vlm_attn.method("var", sink_dims=(0,), tau=1.0, visual_mass_min=0.05, rho_nonsink=0.1)
+    return Labelled.of(edit, labels), (torch.arange(40) >= 22).repeat(2, 1)  # type: ignore[arg-type]
+
+
+def test_the_engine_edits_rows_with_the_segment_kernel() -> None:
+    c, (item, gate) = engine_call(), sinks()
+    out = rows.row_outputs(c.weights(torch.arange(40)), c.value).transpose(1, 2)
+    got, count = plans.edit_rows(c, out, [(item, gate)])
+    want, same = plans._edit_exact(c, out, torch.arange(22, 40), [(item, gate)])
+    assert count == same > 0
+    assert (want - out).abs().max() > 1e-3
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_the_engine_decodes_with_the_segment_kernel() -> None:
+    c, (item, _) = engine_call(queries=1), sinks()
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[1, ..., :3] = False
+    c, gate = dataclasses.replace(c, mask=mask), torch.ones(2, 1, dtype=torch.bool)
+    got, count = plans.edit_decode(c, [(item, gate)])
+    weights = item.apply(c.weights(torch.zeros(1, dtype=torch.long)), gate[:, None, :, None])
+    assert count == 4
+    assert got is not None
+    torch.testing.assert_close(got, rows.row_outputs(weights, c.value).transpose(1, 2), atol=1e-5, rtol=0)
+
+
+def test_the_engine_adds_up_columns_and_edits_all_rows_with_kernels() -> None:
+    c, heads = engine_call(), torch.tensor([1])
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    means, lse = columns.column_means(c, valid, heads)
+    dense = c.weights(torch.arange(40), heads)
+    seen = torch.arange(40, 0, -1)
+    torch.testing.assert_close(means, dense.sum(2) / seen, atol=1e-5, rtol=0)
+    labels = torch.zeros(2, 2, 40, dtype=torch.uint8)
+    labels[:, 1, [3, 5]] = 1
+    edit = vlm_attn.method("act", heads="all")
+    item = Labelled.of(edit, labels, torch.tensor([False, True]))  # type: ignore[arg-type]
+    weights = c.weights(torch.arange(40))
+    out = rows.row_outputs(weights, c.value).transpose(1, 2)
+    got, count = columns.edit_labelled(c, out, item, heads, lse, valid)
+    want = rows.row_outputs(item.apply(weights, valid[:, None, :, None]), c.value).transpose(1, 2)
+    assert count == 2 * 37
+    assert torch.equal(got[:, :, 0], out[:, :, 0])
+    assert torch.equal(got[:, :3], out[:, :3])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

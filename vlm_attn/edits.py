@@ -162,7 +162,8 @@ class Edits:
             found = request.maps.get((i, layer), KeyMap())
             if found.scale is None and found.boost is None:
                 continue
-            if (found.scale if found.boost is None else found.boost).shape[-1] < call.keys:
+            known = next(x.shape[-1] for x in (found.scale, found.boost) if x is not None)
+            if known < call.keys:
                 length = call.keys + SPARE
                 scale = None if found.scale is None else _pad(found.scale, length, 1.0)
                 found = request.maps[i, layer] = KeyMap(

@@ -108,7 +108,7 @@ def edit_labelled(
         masses = block @ member
         masses[..., 0] = (1 - masses[..., 1:].sum(-1)).clamp(min=0)
         scales = torch.where(valid[:, None, part, None], item.edit.scales(masses, counts), 1.0)
-        edited += int((scales != 1).any(-1).sum())
+        edited += int(((scales != 1) & (masses > 0)).any(-1).sum())
         # Where nearly all mass is labelled, the rest is a difference of equals: such rows are computed directly.
         unsafe = (masses[..., 0] < _direct_below(out.dtype)) & valid[:, None, part]
         direct.append(part[unsafe.any(0).any(0)])

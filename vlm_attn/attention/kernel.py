@@ -61,8 +61,9 @@ def _run(call: Call, item: Labelled, gate: Tensor, first: int) -> tuple[Tensor, 
     found = ops.segment_attention(
         call.query[:, :, first:], call.key, call.value, _labels(call, item), call.scaling, mix, active=active
     )
-    # A donor that keeps everything changes nothing; outputs of the kernel would only differ in rounding.
-    opened = mix.open(found.segment_lse, active) & (mix.keep != 1)
+    # Donors without mass, or that keep everything, change nothing: there the output that ran stays, to the last bit.
+    giving = found.segment_lse[..., list(mix.donors)].amax(-1) > -ops.INF
+    opened = mix.open(found.segment_lse, active) & giving & (mix.keep != 1)
     return found.output.transpose(1, 2), opened.transpose(1, 2)
 
 
