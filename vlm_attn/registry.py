@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import warnings
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pydantic
@@ -43,23 +44,40 @@ class MethodRow:
 
 
 @functools.cache
-def _classes() -> dict[str, type[Method]]:
+def _classes() -> tuple[dict[str, type[Method]], dict[str, str]]:
+    """Method classes by name, and why other plug-ins cannot be used: none of them stops the rest."""
     found: dict[str, type[Method]] = {}
+    broken: dict[str, str] = {}
+    offers: dict[str, set[str]] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        cls = point.load()
-        if not (isinstance(cls, type) and issubclass(cls, Method)):
-            raise TypeError(f"entry point '{point.name}' of {point.value} is not a vlm_attn Method class")
-        if cls.name != point.name:
-            raise ValueError(f"entry point '{point.name}' names a method that calls itself '{cls.name}'")
-        if cls.stage not in STAGES:
-            raise ValueError(f"method '{cls.name}' fills the unknown stage '{cls.stage}'; stages are {STAGES}")
-        found[point.name] = cls
-    return found
+        offers.setdefault(point.name, set()).add(point.value)
+        try:
+            found[point.name] = _checked(point)
+        except Exception as error:
+            broken[point.name] = f"{point.value}: {type(error).__name__}: {error}"
+    for name, values in offers.items():
+        if len(values) > 1:
+            broken[name] = f"several packages offer it ({', '.join(sorted(values))}): uninstall all but one"
+    for name, reason in broken.items():
+        found.pop(name, None)
+        warnings.warn(f"method '{name}' cannot be used: {reason}", stacklevel=2)
+    return found, broken
+
+
+def _checked(point: EntryPoint) -> type[Method]:
+    cls = point.load()
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TypeError("not a vlm_attn Method class")
+    if cls.name != point.name:
+        raise ValueError(f"the method calls itself '{cls.name}'")
+    if cls.stage not in STAGES:
+        raise ValueError(f"it fills the unknown stage '{cls.stage}'; stages are {STAGES}")
+    return cls
 
 
 def methods() -> list[MethodRow]:
     """The catalogue: one row per installed method, sorted by name."""
-    return [MethodRow(c.name, c.stage, c.summary, c.paper, c.needs, c) for c in _classes().values()]
+    return [MethodRow(c.name, c.stage, c.summary, c.paper, c.needs, c) for c in _classes()[0].values()]
 
 
 def closest(word: str, words: list[str] | tuple[str, ...]) -> str:
@@ -72,9 +90,11 @@ def method_class(name: str) -> type[Method]:
     """The class of a method.
 
     Raises:
-        ValueError: no such method; the message offers the closest name.
+        ValueError: no such method (the message offers the closest name), or a plug-in that cannot be used.
     """
-    classes = _classes()
+    classes, broken = _classes()
+    if name in broken:
+        raise ValueError(f"method '{name}' cannot be used: {broken[name]}")
     if name not in classes:
         raise ValueError(f"unknown method '{name}'{closest(name, tuple(classes))} (known: {', '.join(classes)})")
     return classes[name]
