@@ -105,6 +105,20 @@ def test_every_readout_has_a_place_in_the_picture(record: Record, tmp_path: Path
     assert len(panels(record)) == 4
 
 
+def test_heat_maps_of_a_change(record: Record, tmp_path: Path) -> None:
+    with VLM(models.build_llava(4), models.tiny_processor()) as vlm:
+        base = vlm.read(models.picture(), "w10 w11 w12", WHAT, max_new_tokens=4)
+    shown = panels(record)[0].minus(panels(base)[0])
+    torch.testing.assert_close(
+        shown.values, 100 * (record.share("image", "generated") - base.share("image", "generated"))
+    )
+    assert shown.signed
+    assert "change" in shown.unit
+    assert readouts.plot(record, tmp_path / "a.png", baseline=base).read_bytes().startswith(PNG)
+    with pytest.raises(ValueError, match="same prompt the same way"):
+        readouts.plot(record, tmp_path / "b.png", baseline=synthetic(4, 8))
+
+
 def test_command_line_writes_what_the_library_reads(say: Any, tmp_path: Path) -> None:
     plot, out = tmp_path / "maps.png", tmp_path / "record"
     arguments = ("scene:3", "Describe the image.", "--max-new-tokens", "3", "--method", "fastv", "--set", "keep=20")
@@ -133,3 +147,15 @@ def test_command_line_refuses_in_one_line(say: Any) -> None:
     assert code == 2
     assert "no such readout: 'vass'" in json.loads(text)["error"]
     assert "Traceback" not in error
+    code, text, _ = say("scene:3", "Describe.", "--baseline", "--json")
+    assert code == 2
+    assert "--method" in json.loads(text)["error"]
+
+
+def test_command_line_shows_the_model_without_the_method(say: Any, tmp_path: Path) -> None:
+    plot = tmp_path / "change.png"
+    arguments = ("scene:3", "Describe the image.", "--max-new-tokens", "2", "--what", "shares", "--method", "vaf")
+    found = json.loads(say(*arguments, "--baseline", "--plot", str(plot), "--json")[1])
+    plain = json.loads(say(*arguments[:-2], "--json")[1])
+    assert found["baseline"]["shares"] == plain["shares"] != found["shares"]
+    assert plot.read_bytes().startswith(PNG)

@@ -440,6 +440,14 @@ def test_an_answer_that_changes_its_prompt_is_refused() -> None:
             read(session, inputs, "t_vhd", max_new_tokens=3)
 
 
+def test_pictures_that_are_no_tokens_are_refused() -> None:
+    with (
+        vlm_attn.attach(specimen("mllama", "sdpa")) as session,
+        pytest.raises(UnsupportedError, match="mllama.*cross-attention"),
+    ):
+        read(session, SPECIMENS["mllama"].inputs(batches(SPECIMENS["mllama"])["single"]), "shares")
+
+
 def test_several_return_sequences_have_a_record_each() -> None:
     model, inputs = models.llava(4), models.padded().inputs()
     torch.manual_seed(0)

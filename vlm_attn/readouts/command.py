@@ -25,6 +25,9 @@ def read(
         list[str] | None, typer.Option("--set", help="Parameter, as KEY=VALUE or METHOD.KEY=VALUE.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer.")] = 32,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Read the model without the method too; heat maps show the change.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG file for heat maps over layers and heads.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Record to write: PATH.json and PATH.safetensors.")
@@ -35,27 +38,37 @@ def read(
     import vlm_attn
     from vlm_attn import cli, readouts
 
+    if plot:
+        import matplotlib  # noqa: F401 - missed before the model runs, not after
+
     wanted = tuple(what or readouts.DEFAULT)
     picture = cli.open_picture(image)
     chosen = cli.build_methods(method or [], set_ or [])
+    if baseline and not chosen:
+        raise ValueError("--baseline compares a method with none: add --method NAME")
     with cli.quiet_stdout(as_json):
         vlm = vlm_attn.wrap(model, method=chosen or None)
         try:
             record = vlm.read(picture, question, wanted, max_new_tokens=max_new_tokens)
+            base = None
+            if baseline:
+                base = vlm.set_method(None).read(picture, question, wanted, max_new_tokens=max_new_tokens)
             answer = vlm.processor.decode(list(record.tokens), skip_special_tokens=True).strip()
         finally:
             vlm.close()
         files = {}
         if plot:
-            files["plot"] = str(readouts.plot(record, plot))
+            files["plot"] = str(readouts.plot(record, plot, baseline=base))
         if output:
             files["record"] = str(record.save(output))
     summary = record.summary()
     if as_json:
-        cli.emit({"answer": answer, **record.about, "layers": record.layers, **summary, **files})
+        without = {} if base is None else {"baseline": base.summary()}
+        cli.emit({"answer": answer, **record.about, "layers": record.layers, **summary, **without, **files})
         return
-    cli.out.print(answer, markup=False, highlight=False)
-    for line in lines(summary, record.layers):
+    shown = [answer, *lines(summary, record.layers)]
+    shown += [] if base is None else ["without the method:", *lines(base.summary(), base.layers)]
+    for line in shown:
         cli.out.print(line, markup=False, highlight=False, soft_wrap=True)
     for name, path in files.items():
         cli.err.print(f"[green]{name} written[/green] {path}", highlight=False, soft_wrap=True)

@@ -20,12 +20,21 @@ TICKS = 9  # most labels on an axis
 
 @dataclass(frozen=True)
 class Panel:
-    """A layer x head map: values ``[L, H]``, what they are, and the unit on its colour bar."""
+    """A layer x head map: values ``[L, H]``, what they are, and the unit on its colour bar; ``signed``: a change."""
 
     title: str
     values: Tensor
     unit: str
     logarithmic: bool = False
+    signed: bool = False
+
+    def minus(self, other: Panel) -> Panel:
+        """The change from ``other``: a difference, or the logarithm (base 2) of a ratio."""
+        if self.logarithmic:
+            change, unit = (self.values / other.values).log2(), f"log2 change of {self.unit}"
+        else:
+            change, unit = self.values - other.values, f"change, {self.unit}"
+        return Panel(self.title, change, unit, signed=True)
 
 
 def panels(record: Record) -> list[Panel]:
@@ -46,16 +55,22 @@ def panels(record: Record) -> list[Panel]:
     return out
 
 
-def plot(record: Record, path: str | Path, title: str = "") -> Path:
+def plot(record: Record, path: str | Path, title: str = "", *, baseline: Record | None = None) -> Path:
     """Draws what was asked for into a PNG file and returns its path.
 
     One heat map per readout that has a value per layer and head, then the shares of system, image and text per layer,
-    and the divergence of every token of the answer, where they were read.
+    and the divergence of every token of the answer, where they were read. With a ``baseline`` (the same prompt and
+    readouts without the method) heat maps show the change, red where the method raises a value.
+
+    Raises:
+        ValueError: the two records are not of the same readouts and layers, or one has no row of the answer.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    maps: list[Any] = [*panels(record)]
+    maps = panels(record)
+    if baseline is not None:
+        maps = [mine.minus(theirs) for mine, theirs in zip(maps, _same(record, baseline), strict=True)]
     extra = [draw for name, draw in (("shares", _shares), ("t_vhd", _tokens)) if name in record.what]
     total = len(maps) + len(extra)
     columns = min(total, 2) if total <= 4 else 3
@@ -78,6 +93,14 @@ def plot(record: Record, path: str | Path, title: str = "") -> Path:
     return target
 
 
+def _same(record: Record, baseline: Record) -> list[Panel]:
+    """The baseline's maps, if they can be compared."""
+    theirs = panels(baseline)
+    if [p.title for p in theirs] != [p.title for p in panels(record)] or record.layers != baseline.layers:
+        raise ValueError("the two records differ in readouts, rows or layers: read the same prompt the same way twice")
+    return theirs
+
+
 def _title(record: Record) -> str:
     methods = " + ".join(str(m["name"]) for m in record.about.get("methods", ())) or "no method"
     name = Path(str(record.about.get("checkpoint", ""))).name or record.about.get("family", "")
@@ -91,11 +114,16 @@ def _heat(axis: Axes, panel: Panel, layers: tuple[int, ...]) -> None:
     positive = values[np.isfinite(values) & (values > 0)]
     most = float(positive.max()) if positive.size else 1.0
     norm = Normalize(0.0, most)
+    if panel.signed:
+        most = float(np.nanmax(np.abs(np.where(np.isfinite(values), values, np.nan)), initial=1e-9))
+        norm = Normalize(-most, most)
     if panel.logarithmic and positive.size:
         least = max(float(positive.min()), most * 1e-6)
         norm, values = LogNorm(least, most), np.maximum(values, least)
     shown = np.ma.masked_invalid(values)
-    image = axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
+    image = axis.imshow(
+        shown, aspect="auto", interpolation="nearest", cmap="RdBu_r" if panel.signed else "viridis", norm=norm
+    )
     axis.set_facecolor("#d5d9df")  # not defined
     axis.set_title(panel.title, fontsize=9.5, loc="left")
     axis.set_xlabel("head", fontsize=9)

@@ -43,9 +43,12 @@ def read(
 
     Raises:
         ValueError: a readout that does not exist.
-        UnsupportedError: a way of generating in which not every new token has a row of its own.
+        UnsupportedError: a way of generating in which not every new token has a row of its own, or a model whose
+            pictures are no tokens.
     """
-    wanted, model = checked(what), session.model
+    wanted, model, family = checked(what), session.model, session.family
+    if "edit" in family.refused:  # what cannot be edited, attention on visual tokens, cannot be read either
+        raise UnsupportedError(f"readouts on {family.name}: {family.refused['edit']}")
     settings = {"max_new_tokens": 32, "do_sample": False, **generate_kwargs, "return_dict_in_generate": False}
     config = settings.get("generation_config") or model.generation_config
     if (settings.get("num_beams") or getattr(config, "num_beams", 1) or 1) > 1:
