@@ -5,8 +5,9 @@
 
 ``scoring`` makes 100,000 POPE answers and 5,000 captions up and scores them through `score_file`, files read included
 (CHAIR needs the published word and object files in FOLDER/chair). ``overhead`` runs two methods on the scenes
-benchmarks and compares the CPU time of the whole run with the time inside ``VLM.ask``; loading the model and importing
-libraries are given apart. One JSON document on standard output.
+benchmarks, small and large, and splits the CPU time of each into the time inside ``VLM.ask`` and the rest; the
+difference of the two runs is what a further sample costs. Loading the model and importing libraries are given apart.
+One JSON document on standard output.
 """
 
 from __future__ import annotations
@@ -80,16 +81,27 @@ def overhead(limit: int, folder: Path) -> dict[str, Any]:
             vlm.ask = watched
             return vlm
 
-    settings = {
-        "methods": ["fastv"], "limit": limit, "dtype": "float32", "device": "cpu", "threads": 1, "quiet": True,
-        "benchmarks": ["scenes_pope_random", "scenes_chair", "scenes_mme"], "output": str(folder / "run"), "warmup": 0,
-    }  # fmt: skip
-    _, whole = timed(lambda: run(build_config(settings), Watched()))
-    rest = {key: whole[key] - loaded[key] - spent[key] for key in ("wall_s", "cpu_s")}
+    def once(name: str, n: int) -> dict[str, float]:
+        """Samples, and CPU seconds inside the model and around it (loading apart)."""
+        spent.update(dict.fromkeys(spent, 0.0))
+        settings = {
+            "methods": ["fastv"], "limit": n, "dtype": "float32", "device": "cpu", "threads": 1, "quiet": True,
+            "benchmarks": ["scenes_pope_random", "scenes_chair", "scenes_mme"], "output": str(folder / name),
+            "warmup": 0,
+        }  # fmt: skip
+        _, whole = timed(lambda: run(build_config(settings), Watched()))
+        rest = whole["cpu_s"] - loaded["cpu_s"] - spent["cpu_s"]
+        return {"samples": spent["asked"], "model_cpu_s": spent["cpu_s"], "rest_cpu_s": rest,
+                "rest_share": rest / (rest + spent["cpu_s"]), "wall_s": whole["wall_s"]}  # fmt: skip
+
+    once("warm", 2)
+    small, large = once("small", limit // 5), once("large", limit)
+    more = {key: large[key] - small[key] for key in ("samples", "model_cpu_s", "rest_cpu_s")}
     return {
-        "imports": imports, "load": loaded, "model": spent, "run": whole, "rest": rest,
-        "rest_per_sample_cpu_s": rest["cpu_s"] / spent["asked"],
-        "rest_share_cpu": rest["cpu_s"] / (whole["cpu_s"] - loaded["cpu_s"]),
+        "imports": imports, "load": loaded, "small": small, "large": large,
+        "per_sample": {"model_ms": 1000 * more["model_cpu_s"] / more["samples"],
+                       "rest_ms": 1000 * more["rest_cpu_s"] / more["samples"],
+                       "rest_share": more["rest_cpu_s"] / (more["rest_cpu_s"] + more["model_cpu_s"])},
     }  # fmt: skip
 
 

@@ -238,3 +238,28 @@ def test_killed_and_continued_equals_uninterrupted(finished: RunResult, tmp_path
     assert 20 <= lines(tmp_path) < lines(finished.folder)
     assert start(tmp_path).wait() == 0
     compare(tmp_path, finished.folder)
+
+
+def test_a_full_disk_is_said_and_costs_nothing_that_was_there(finished: RunResult, tmp_path: Path) -> None:
+    """The system takes half of a line and no more; with room again, the run continues to the same files."""
+    resource = pytest.importorskip("resource")
+    import multiprocessing
+
+    room = len((finished.folder / "samples.jsonl").read_bytes()) // 2
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        try:
+            run(config(tmp_path), FakeBackend())
+        except OSError as error:
+            os._exit(77 if "disk" in str(error) or error.errno else 78)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 77
+    kept = (tmp_path / "samples.jsonl").read_bytes()
+    assert (finished.folder / "samples.jsonl").read_bytes().startswith(kept) and len(kept) == room
+    run(config(tmp_path), FakeBackend())
+    compare(tmp_path, finished.folder)

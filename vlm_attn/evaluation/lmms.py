@@ -245,9 +245,7 @@ class VlmAttnChat(lmms):
     def _answer(
         self, vlm: Any, chats: list[ChatMessages], settings: dict[str, Any], task: str, doc_id: int
     ) -> list[Produced]:
-        import torch
-
-        torch.manual_seed(sample_seed(self.seed, task, doc_id))
+        seed_all(vlm.model, sample_seed(self.seed, task, doc_id))
         if len(chats) > 1 and not one_by_one(vlm):
             return self._padded(vlm, chats, settings)
         out = []
@@ -288,6 +286,17 @@ class VlmAttnChat(lmms):
             Produced(text, int((row != pad).sum()), {"times": {"total_s": share}})
             for text, row in zip(texts, new, strict=True)
         ]
+
+
+def seed_all(model: Any, seed: int) -> None:
+    """``torch.manual_seed``, without its queue of calls for devices that nothing runs on (each keeps a stack trace,
+    which costs more than all else that is done around a sample of a small model)."""
+    import torch
+
+    if getattr(getattr(model, "device", None), "type", "cpu") == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def n_tokens(answer: Any) -> int:

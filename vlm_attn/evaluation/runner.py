@@ -2,7 +2,7 @@
 
 Folder of a run:
 
-- ``samples.jsonl``: one line per answered sample, synced as it is produced; holds all that scoring needs, no times.
+- ``samples.jsonl``: one line per answered sample, written as it is produced; holds all that scoring needs, no times.
 - ``timings.jsonl``: the measured times of the same samples. Only this file and ``latency`` below differ between an
   uninterrupted run and one that was killed and continued.
 - ``results.json``: lmms-eval's keys with one level for the method (``results[method][task]``), plus ``scores``
