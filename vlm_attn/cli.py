@@ -28,7 +28,7 @@ import vlm_attn
 from vlm_attn.bench_command import bench
 from vlm_attn.evaluation.compare_command import compare, leaderboard
 from vlm_attn.evaluation.score_command import score
-from vlm_attn.readouts.command import read
+from vlm_attn.read_command import read
 
 if TYPE_CHECKING:
     from vlm_attn.stages import Method
