@@ -198,11 +198,31 @@ def test_softened_images_equal_softened_rows(mode: str, inside: bool) -> None:
         return ((key >= row) if inside else (key > row)) & (row >= 0)
 
     out = output(c, dense(c))
+    assert with_lse(c).plain
     rows, count = soft.soften(c, out, images, pairs, 0.4, mode)
     whole, same = soft.soften(with_lse(c), out, images, pairs, 0.4, mode)
     assert count == same > 0
     assert (rows - out).abs().max() > 1e-2
     torch.testing.assert_close(whole, rows, atol=2e-6, rtol=0)
+
+
+def test_softened_images_keep_a_bias_of_the_keys_let_in() -> None:
+    """A kept LSE does not hide that a bias stands on keys of the later image."""
+    c = call(n=20)
+    bias = torch.zeros(2, 1, 20)
+    bias[:, :, 12] = 1.5
+    images = torch.full((2, 20), -1)
+    images[:, 3:8], images[:, 11:15] = 0, 1
+
+    def pairs(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return (keys[:, None, :] > rows[:, :, None]) & (rows[:, :, None] >= 0)
+
+    done, out, _ = fused.attend(replace(c, bias=bias), lambda *_: (c.query, None), wants_lse=True)
+    assert done.lse is not None
+    got, _ = soft.soften(done, out, images, pairs, 1.0, "weight")
+    z = c.scores(torch.arange(20)) + bias[:, :, None]
+    seen = torch.ones(20, 20).tril().bool() | pairs(images, images)[:, None]
+    torch.testing.assert_close(got, output(c, z.masked_fill(~seen, -1e30).softmax(-1)), atol=2e-6, rtol=0)
 
 
 # --------------------------------------------------------------------------------------------------- segment kernel

@@ -14,7 +14,7 @@ from .rows import row_logits, row_outputs
 # Up to so many keys, a bias is applied to the finished output: a few products per row instead of wider heads.
 FEW_KEYS = 8
 # A weight that shrinks by more than this leaves a difference of equals behind in the finished output.
-LEAST_BIAS = {torch.float32: -3.0, torch.float16: -0.7, torch.bfloat16: -0.7}
+LEAST_BIAS, LEAST_BIAS_HALF = -3.0, -0.7
 
 
 def attend(call: Call, run: Run, wants_lse: bool) -> tuple[Call, Tensor, Tensor | None]:
@@ -27,10 +27,10 @@ def attend(call: Call, run: Run, wants_lse: bool) -> tuple[Call, Tensor, Tensor 
     Returns:
         The call (with ``lse`` where the kernel gave it), the output ``[B, Q, H, d]``, the backend's weights, if any.
     """
-    bare = replace(call, bias=None)
-    keys = None if call.bias is None else few_keys(call.bias, call.query.dtype)
-    biased = call.bias is None or keys is not None
-    if (wants_lse or keys is not None) and biased and bare.plain and keeps_lse(call):
+    bare = call if call.bias is None else replace(call, bias=None)
+    kept = bare.plain and keeps_lse(call)
+    keys = few_keys(call.bias, call.query.dtype) if kept and call.bias is not None else None
+    if kept and (keys is not None or (wants_lse and call.bias is None)):
         out, lse = segments.fused(call.query, call.key, call.value, call.scaling, causal=True)
         if keys is not None:
             out, lse = add_bias(call, out, lse, keys)
@@ -41,14 +41,16 @@ def attend(call: Call, run: Run, wants_lse: bool) -> tuple[Call, Tensor, Tensor 
 
 def keeps_lse(call: Call) -> bool:
     """Whether the backend's kernel is one that torch also offers with its LSE."""
-    return call.backend == "sdpa" and segments.gives_lse(call.query)
+    same_width = call.value.shape[-1] == call.query.shape[-1]
+    return call.backend == "sdpa" and same_width and segments.gives_lse(call.query)
 
 
 def few_keys(bias: Tensor, dtype: torch.dtype) -> Tensor | None:
     """int64 ``[B, K]``: the keys with a bias, where they are few and no weight nearly vanishes; else None."""
+    least = LEAST_BIAS_HALF if dtype in (torch.float16, torch.bfloat16) else LEAST_BIAS
     acting = (bias != 0).any(1)
     count = int(acting.sum(-1).max())
-    if count > FEW_KEYS or float(bias.min()) < LEAST_BIAS[dtype]:
+    if count > FEW_KEYS or float(bias.min()) < least:
         return None
     return acting.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :count]
 

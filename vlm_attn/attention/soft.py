@@ -32,7 +32,7 @@ def soften(call: Call, out: Tensor, images: Tensor, pairs: Pairs, sigma: float, 
     """
     if sigma == 0 or not bool((images >= 0).any()):
         return out, 0
-    if call.lse is not None:
+    if call.lse is not None and call.plain:
         return _whole_images(call, call.lse, out, images, pairs, sigma, mode)
     rows = (images >= 0).any(0).nonzero()[:, 0]
     order = torch.arange(call.keys, device=out.device)
