@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,38 @@ def test_a_killed_launcher_loses_nothing(alone: RunResult, tmp_path: Path) -> No
     run(settings, backend)
     assert backend.vlm.calls == 2  # one warm-up and the one sample that was cut
     compare(tmp_path, alone.folder, IGNORED)
+
+
+def test_ranks_under_accelerate_meet_at_rank_0(
+    alone: RunResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rank 1 in a fork, rank 0 here; they know each other only by the address that a launcher would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    other = Forked(Rank(1, 2), config(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    backend = FakeBackend()
+    result = launch.run_rank(config(tmp_path), Rank.current(), backend)
+    assert other.wait() == 0
+    assert result is not None and result.results["scores"] == alone.results["scores"]
+    assert backend.vlm.calls == 54 + 9  # its half, and a warm-up for each method and benchmark
+    compare(tmp_path, alone.folder, IGNORED)
+
+
+def test_how_a_process_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$RANK of $WORLD_SIZE: $@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(launch.sys, "executable", str(program))
+    settings = config(tmp_path / "run")
+    rank_folder(tmp_path / "run", 1).mkdir(parents=True)
+    process = launch.start_process(Rank(1, 2, launcher=os.getpid()), settings)
+    assert process.wait() == 0
+    said = (rank_folder(tmp_path / "run", 1) / "log.txt").read_text()
+    assert said == f"1 of 2: -m vlm_attn eval {tmp_path / 'run' / 'config.yaml'}\n"
 
 
 def test_a_failing_rank_is_named(tmp_path: Path) -> None:
