@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import pruning
+from . import pruning, words
 from .attention import interface
 from .attention.call import Call
 from .encoder import EncoderReader
@@ -21,7 +21,7 @@ from .request import PruneStage, Request
 from .stages import Merged, Prune, PruneView, RowScore
 from .tokens import TokenMap
 
-ENCODER, LIVE = "vision encoder", "live heads"
+ENCODER, LIVE, QUESTIONS = "vision encoder", "live heads", "questions"
 PROJECTORS = ("multi_modal_projector", "aligner")
 """Names of the module that maps single patches to the language model's width."""
 DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
@@ -62,6 +62,11 @@ class Pruner:
     def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps what the projector receives, ``[P, N, d_v]``, until the prompt enters the decoder."""
         self.projected = args[0] if args else next(iter(kwargs.values()))
+
+    def ask(self, processor: Any, ids: Tensor, request: Request) -> None:
+        """Reads the user's question off the prompt ``ids [B, N]``, if the method wants it."""
+        if self.prune is not None and self.prune.wants_question:
+            request.notes[QUESTIONS] = words.questions(processor, ids, request.tokens, self.prune.name)
 
     def enter(self, request: Request, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The prompt enters the decoder: its arguments after the site at layer 0, None if nothing leaves there."""
@@ -192,7 +197,10 @@ class Pruner:
             raise ValueError(f"{prune.name}: tokens left between layer {site.score and site.score.layer} and the site")
         shown = hidden if site.hidden else None
         live = request.notes.get(f"{LIVE} {site.score.layer}") if site.score else None
-        view = PruneView(site, tokens, scores, visible, shown, request.notes.get(ENCODER), live, request.notes)
+        notes = request.notes
+        view = PruneView(
+            site, tokens, scores, visible, shown, notes.get(ENCODER), live, notes.get(QUESTIONS, ()), notes
+        )
         answer = prune.keep_mask(view)
         keep = answer.keep if isinstance(answer, Merged) else answer
         if isinstance(answer, Merged) and answer.hidden is not None:

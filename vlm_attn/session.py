@@ -280,6 +280,7 @@ class Session:
         if self.edits.wants_words:
             names = ", ".join(m.name for m in self.methods if isinstance(m, Edit) and m.wants_words)
             request.words = words.roles(self.processor, ids, tokens, names)
+        self.pruner.ask(self.processor, ids, request)
         self.edits.remember_draft(self._drafted, request)
         self._drafted = None
         self.request = request

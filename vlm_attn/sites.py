@@ -71,6 +71,7 @@ class PruneView:
         encoder: the vision encoder at the layer that :attr:`vlm_attn.stages.Prune.encoder_layer` names, or None.
         hidden: ``[B, N, D]`` hidden states that arrive (at layer 0: projected features and text embeddings), or None.
         heads: bool ``[B, H]``, the heads that were live in the layer that was read; None = all.
+        questions: the user's question of each sample as text, for methods that asked for it.
         memory: the method's own notes about this request, for methods that add up over stages.
     """
 
@@ -81,6 +82,7 @@ class PruneView:
     hidden: Tensor | None = None
     encoder: EncoderView | None = None
     heads: Tensor | None = None
+    questions: tuple[str, ...] = ()
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -99,6 +99,11 @@ class Prune(Method):
         """See the class."""
         return False
 
+    @property
+    def wants_question(self) -> bool:
+        """Whether the view must hold the user's question as text, which needs the processor."""
+        return False
+
     def sites(self) -> tuple[Site, ...]:
         """Sites in ascending layer order."""
         raise TypeError(f"{type(self).__name__} does not implement sites()")

@@ -65,6 +65,17 @@ def roles(processor: Any, ids: Tensor, tokens: TokenMap, names: str) -> Words:
     return Words(question, content)
 
 
+def questions(processor: Any, ids: Tensor, tokens: TokenMap, names: str) -> tuple[str, ...]:
+    """The user's question in each row of ``ids [B, N]``, as text.
+
+    Raises:
+        UnsupportedError: no tokenizer is known.
+    """
+    asked = roles(processor, ids, tokens, names).question
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tuple(tokenizer.decode(row[mask], skip_special_tokens=True).strip() for row, mask in zip(ids, asked))
+
+
 def answer_opening(processor: Any, tokenizer: Any) -> list[int]:
     """Token ids that the chat template puts between a user's turn and the answer; empty without a template."""
     if not getattr(processor, "chat_template", None):
