@@ -19,6 +19,8 @@ from tests.reference.compose import Chain
 from tests.reference.llava import image_features
 from tests.runs import fingerprint
 from vlm_attn import scenes
+from vlm_attn.attention import rows
+from vlm_attn.attention.call import Call
 from vlm_attn.errors import UnsupportedError
 from vlm_attn.families.checks import batches
 from vlm_attn.families.zoo import SPECIMENS
@@ -280,6 +282,30 @@ def test_reading_changes_nothing() -> None:
         assert fingerprint(model) == before
         assert session.recorder is None
     handle.remove()
+
+
+def test_no_matrix_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the question, in blocks, and the newest row; never those of the picture."""
+    taken: list[tuple[int, int]] = []
+    original = Call.weights
+
+    def weights(self: Call, wanted: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        taken.append((wanted.numel(), self.queries))
+        return original(self, wanted, *args, **kwargs)
+
+    monkeypatch.setattr(Call, "weights", weights)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 3 * 8 * 30)
+    model, sample = models.llava(4), models.sample(4, 9, seed=2)
+    with vlm_attn.attach(model) as session:
+        blocks = read(session, sample.inputs(), ATTENTION, max_new_tokens=STEPS)[0]
+        monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 1 << 24)
+        whole = read(session, sample.inputs(), ATTENTION, max_new_tokens=STEPS)[0]
+    prefill = [count for count, queries in taken if queries > 1]
+    assert prefill == [3, 3, 3, 1] * 4 + [9, 1] * 4
+    assert {count for count, queries in taken if queries == 1} == {1}
+    torch.testing.assert_close(blocks.question, whole.question)
+    torch.testing.assert_close(blocks.question_vas, whole.question_vas)
+    torch.testing.assert_close(blocks.received, whole.received, equal_nan=True)
 
 
 def _fail(ids: Tensor, scores: Tensor) -> Tensor:
