@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -66,6 +67,23 @@ def test_any_edit_with_contrast(name: str) -> None:
         other = Dense(model).run(sample.ids, image_features(model, noised), forced)
         expected = torch.stack([contrast(a, b, 1.0, 0.1) for a, b in zip(edited, other, strict=True)])
         assert distance(scores[:, index], expected) <= TOLERANCE
+
+
+def test_guidance_with_pruning() -> None:
+    """PAI whole: the edited and pruned stream against the text-only one, which is neither."""
+    model, batch = models.llava(4), models.padded()
+    pai = vlm_attn.method("pai", gamma=1.5)
+    with vlm_attn.attach(model, [pai, "fastv"]) as session:
+        tokens, _, scores = greedy(model, batch.inputs(), 4)
+        last = session.last
+    for row, sample in enumerate(batch.samples):
+        reference = Chain([MATRIX[n].reference(model, {}, last, row) for n in ("fastv", "pai")])
+        reference.pixels = sample.pixels
+        edited = reference.run(sample.ids, image_features(model, sample.pixels), tokens[row, :-1]).log_softmax(-1)
+        text = Dense(model).run(sample.ids[~sample.visual], None, tokens[row, :-1]).log_softmax(-1)
+        floor = edited.amax(-1, keepdim=True) + math.log(pai.plausibility)
+        expected = torch.where(edited < floor, -math.inf, 1.5 * (edited - text) + text)
+        assert distance(scores[:, row], expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
