@@ -140,9 +140,11 @@ class Ran:
 
     calls: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    processes: int = 0
 
-    def __call__(self, path: Path, overrides: dict[str, Any]) -> Any:
+    def __call__(self, path: Path, overrides: dict[str, Any], *, processes: int) -> Any:
         self.calls.append((path, overrides))
+        self.processes = processes
         sys.stdout.write("a library talks\n")
         return SimpleNamespace(to_dict=lambda: {"score": float("nan"), "folder": Path("runs/x")}, failed=self.failed)
 
@@ -159,7 +161,16 @@ def test_eval_options_win_over_the_file(say: Any, monkeypatch: pytest.MonkeyPatc
     resolved = evaluation.load_config(path, overrides).resolved()
     assert [b["limit"] for b in resolved["benchmarks"]] == [5] * len(resolved["benchmarks"])
     ran.failed["vcd"] = "out of memory"
-    assert say("eval", "quickstart").code == 1
+    assert say("eval", "quickstart", "--launch", "3").code == 1
+    assert ran.processes == 3
+
+
+def test_a_limit_keeps_what_else_a_benchmark_says() -> None:
+    path = ROOT / "eval_configs" / "llava15_7b.yaml"
+    overrides = cli.eval_overrides(path, {"limit": 4}, ["data=elsewhere"])
+    chair = next(b for b in overrides["benchmarks"] if b["name"] == "local_chair")
+    assert chair == {"name": "local_chair", "ids": "opera500", "limit": 4}
+    assert overrides["data"] == "elsewhere"
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "eval_configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -241,8 +241,8 @@ def eval_overrides(path: Path, named: dict[str, Any], settings: Sequence[str]) -
 
     overrides = dict(map(split_setting, settings)) | {k: v for k, v in named.items() if v is not None}
     if named.get("limit") is not None:
-        names = [b.name for b in evaluation.load_config(path, overrides).benchmarks]
-        overrides["benchmarks"] = [{"name": name, "limit": named["limit"]} for name in names]
+        listed = evaluation.load_config(path, overrides).benchmarks
+        overrides["benchmarks"] = [{**b.model_dump(exclude_none=True), "limit": named["limit"]} for b in listed]
     return overrides
 
 
