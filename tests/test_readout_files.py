@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,12 @@ def test_command_line_shows_the_model_without_the_method(say: Any, tmp_path: Pat
     plain = json.loads(say(*arguments[:-2], "--json")[1])
     assert found["baseline"]["shares"] == plain["shares"] != found["shares"]
     assert plot.read_bytes().startswith(PNG)
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parent.parent / "docs" / "readouts.md"
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)[0]
+    monkeypatch.chdir(tmp_path)
+    room = {"picture": cli.open_picture("scene:3")}
+    exec(compile(code, "docs/readouts.md", "exec", dont_inherit=True), room)
+    assert Record.load(tmp_path / "vaf").what == ("shares", "vas", "sinks")
