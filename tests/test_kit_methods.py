@@ -47,6 +47,28 @@ def test_kept_sets(name: str, number: int) -> None:
     assert compared >= 0.8 * len(range(number, PROMPTS, len(row.variants)))
 
 
+@pytest.mark.parametrize(("name", "prompts"), [("flowcut", 50), ("illava", 15), ("tome", 15)])
+def test_kept_sets_of_a_deeper_encoder(name: str, prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight encoder layers: scores that run on, odd layers without a cut, sizes that grow."""
+    plain = models.CLIPVisionConfig
+    monkeypatch.setattr(models, "CLIPVisionConfig", lambda **config: plain(**{**config, "num_hidden_layers": 8}))
+    model, row, compared = models.build_llava(4), MATRIX[name], 0
+    with vlm_attn.attach(model, vlm_attn.method(name)) as session:
+        for seed in range(prompts):
+            prompt = models.sample(2, 4, seed=200 + seed)
+            with torch.no_grad():
+                model(**prompt.inputs())
+            reference: Any = row.reference(model, {}, None, 0)
+            reference.pixels = prompt.pixels
+            with session.suspended():
+                reference.run(prompt.ids, image_features(model, prompt.pixels))
+            if reference.margin < 1e-5:
+                continue
+            compared += 1
+            assert session.last.kept(0)[0].tolist() == reference.kept[0].tolist(), seed
+    assert compared >= 0.8 * prompts
+
+
 @pytest.mark.parametrize("name", ["pyramiddrop", "divprune", "sparsevlm"])
 def test_renumbering_moves_positions_and_keeping_does_not(name: str) -> None:
     """The two policies keep the same tokens at the first stage and differ in their logits."""

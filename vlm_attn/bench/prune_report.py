@@ -6,29 +6,27 @@ from typing import Any
 
 from rich.table import Table
 
-HEADS = (
-    "case", "tokens leave at", "budget", "tokens/layer", "FLOPs-ideal", "prefill x", "of ideal", "", "scoring", "",
-    "end to end x", "decode x", "memory x",
-)  # fmt: skip
+HEADS = ("case", "budget", "tokens", "ideal", "prefill", "of ideal", "scoring", "answer", "decode", "memory")
 
 
 def prune_table(result: dict[str, Any], title: str, void: str) -> Table:
     """One shape."""
     caption = f"control off by {result['control_off_by']:.1%}" if result["valid"] else void
     caption += (
-        f"\nx = times stock (median of paired ratios), of ideal = FLOPs-ideal / prefill x; scoring = share of stock's "
-        f"prefill\nFLOPs: {result['flops_formula']}\nmemory: {result['memory']}"
+        "\ntokens = visual tokens of an average layer; ideal = FLOPs next to stock's; prefill, answer (end to end), "
+        "decode, memory = times stock (median of paired ratios); of ideal = ideal / prefill; scoring = share of "
+        f"stock's prefill\nFLOPs: {result['flops_formula']}\nmemory: {result['memory']}"
     )
     table = Table(title=title, caption=caption, caption_justify="left")
     for head in HEADS:
-        table.add_column(head, justify="left" if head in HEADS[:3] or not head else "right")
+        table.add_column(head, justify="left" if head in HEADS[:2] else "right", no_wrap=head == "case")
     for row in result["rows"]:
         scoring, ideal = row["scoring"], row["of_ideal_speedup"]
         memory = row["memory"]["ratio"]
         table.add_row(
-            row["case"], row["kind"], row["nominal"], f"{row['equivalent_tokens']:.1f}", f"{row['flops_ideal']:.3f}",
-            f"{row['prefill']['ratio']:.3f}", f"{ideal:.0%}", met(ideal, row["of_ideal_bar"], True),
-            f"{scoring['of_stock_prefill']:.1%}", met(scoring["of_stock_prefill"], scoring["bar"]),
+            row["case"], row["nominal"], f"{row['equivalent_tokens']:.1f}", f"{row['flops_ideal']:.3f}",
+            f"{row['prefill']['ratio']:.3f}", f"{ideal:.0%} {met(ideal, row['of_ideal_bar'], True)}",
+            f"{scoring['of_stock_prefill']:.1%} {met(scoring['of_stock_prefill'], scoring['bar'])}",
             f"{row['end_to_end']['ratio']:.3f}", f"{row['decode']['ratio']:.3f}",
             "-" if memory is None else f"{memory:.3f}",
         )  # fmt: skip
