@@ -30,7 +30,7 @@ from .stages import (
     SoftMask,
 )
 
-# Maps are made this much longer than the keys at hand, so that most new tokens find them long enough.
+# Biases and maps are made this much longer than the keys at hand, so that most new tokens find them long enough.
 SPARE = 64
 
 
@@ -152,7 +152,9 @@ class Edits:
         for i, _ in self.biases:
             found = request.biases.get((i, layer))
             if found is not None:
-                part = _pad(found, keys)
+                if found.shape[-1] < keys:
+                    found = request.biases[i, layer] = _pad(found, keys + SPARE)
+                part = found[..., :keys]
                 total = part if total is None else total + part
         return total
 
