@@ -133,7 +133,9 @@ class Pruner:
             split = split * live[:, None, :, None]
         if prefill:
             rows = request.tokens_at(number).valid
-            notes[here], notes[LIVE] = live, self.prune.live_heads(number, split, rows, notes)
+            without_image = ~request.tokens.vis.any(1, keepdim=True)  # such samples are not pruned at all
+            notes[here] = live
+            notes[LIVE] = self.prune.live_heads(number, split, rows, notes) | without_image
         return split.flatten(-2)
 
     def _compact(self, stage: PruneStage, cache: Any, request: Request) -> None:
