@@ -21,7 +21,7 @@ from tests.test_eval_runner import compare, config
 from vlm_attn.evaluation import launch, ranks
 from vlm_attn.evaluation.config import ConfigError, EvalConfig, build_config
 from vlm_attn.evaluation.ranks import LAUNCHER, Order, Rank, ShareDone, gather, rank_folder
-from vlm_attn.evaluation.runner import RunResult, run
+from vlm_attn.evaluation.runner import RunResult, VlmBackend, run
 from vlm_attn.evaluation.store import FolderLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +209,12 @@ def test_rank_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "4")
     with pytest.raises(ConfigError, match="name no process"):
         Rank.current()
+
+
+def test_a_model_may_be_spread_over_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("vlm_attn.wrap", lambda model, method, **options: (model, options))
+    loaded = VlmBackend().load(config(tmp_path, device="auto", dtype="bfloat16", attention="sdpa", model="folder"))
+    assert loaded == ("folder", {"device_map": "auto", "dtype": "bfloat16", "attn_implementation": "sdpa"})
 
 
 def test_gpus_are_dealt_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

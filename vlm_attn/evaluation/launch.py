@@ -64,7 +64,7 @@ def launch(
     with FolderLock(folder):
         runner.start_anew(config, folder)
         gather(folder, order)
-        config = config.model_copy(update={"resume": True})
+        config = config.model_copy(update={"resume": True, "output": str(folder)})
         write_text(folder / "config.yaml", yaml.safe_dump(config.resolved(), sort_keys=False))
         console.print(f"{processes} processes answer; their logs: {folder / 'ranks'}/*/log.txt", highlight=False)
         codes = _supervise([Rank(i, processes, launcher=os.getpid()) for i in range(processes)], config,

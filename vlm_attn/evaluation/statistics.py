@@ -74,7 +74,10 @@ def _resample(n: int, resamples: int, seed: int) -> Array:
     """How often each of ``n`` clusters is drawn in each resample: (resamples, n). Shared by all metrics of a run."""
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}.")
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    draw = np.random.default_rng(seed)
+    drawn = np.empty((resamples, n))
+    for row in drawn:  # counting drawn indices is ten times faster than drawing the counts
+        row[:] = np.bincount(draw.integers(0, n, n), minlength=n)
     drawn.setflags(write=False)
     return drawn
 
