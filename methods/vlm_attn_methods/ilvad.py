@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -11,22 +10,9 @@ from torch import Tensor
 
 from vlm_attn.stages import Draft, EditView, ModelInfo, RowEdit, method_dataclass
 
+from ._evidence import Evidence
 from ._layers import Layer, layer_range
-from ._rows import evidence_factor, laid, ranked
-
-
-@dataclass
-class Evidence:
-    """Evidence map ``[B, N]`` of the prompt, and how much each text token looked at it: prompt and generated."""
-
-    map: Tensor
-    prompt: Tensor
-    generated: Tensor
-    newest: tuple[int, int] | None = None
-
-    def seen(self, view: EditView) -> Tensor:
-        """``[B, n]`` at a layer's slots."""
-        return laid(torch.cat([self.prompt, self.generated], dim=1), view)
+from ._rows import evidence_factor, ranked
 
 
 @method_dataclass
@@ -112,25 +98,17 @@ class ILVAD(RowEdit):
         return Evidence(evidence, prompt * view.prompt.qry, prompt.new_zeros(len(vis), 0))
 
     def edit(self, weights: Tensor, view: EditView, memory: Evidence | None) -> Tensor:
-        generated = view.tokens.length - int((view.tokens.index[0] < view.prompt.length).sum())
-        if memory is None or self.draft_tokens == 0 or (generated == 0 and not self.prompt_row):
+        if memory is None or self.draft_tokens == 0:
             return weights
-        vis = view.tokens.vis[:, None].float()
-        evidence = laid(memory.map, view)[:, None] * vis
-        if generated:
-            missing = generated - memory.generated.shape[1]
-            memory.generated = torch.nn.functional.pad(memory.generated, (0, missing))
-            if memory.newest != (view.layer, generated):  # a row that is asked for twice looked once
-                memory.generated[:, -1] += (weights * evidence).sum(-1).mean(1)
-            memory.newest = view.layer, generated
-        behind = view.tokens.qry | (view.tokens.index >= view.prompt.length)
-        looked = memory.seen(view)
-        low = looked.masked_fill(~behind, float("inf")).amin(1, keepdim=True)
-        high = looked.masked_fill(~behind, float("-inf")).amax(1, keepdim=True)
-        share = torch.where(high > low, (looked - low) / (high - low).clamp(min=1e-12), 0.0)
-        ratio = (weights * evidence).sum(-1) / (weights * vis).sum(-1).clamp(min=1e-12)
-        proving = ranked(ratio, self.head_fraction)[..., None]
-        out = torch.where(proving, weights * (self.alpha * evidence).exp(), weights)
-        reading = ranked((weights * behind[:, None]).sum(-1), self.head_fraction)[..., None]
-        out = torch.where(reading & behind[:, None], out * (self.text * share + self.beta)[:, None], out)
+        step = memory.at(view)
+        if step.generated == 0 and not self.prompt_row:
+            return weights
+        visual, proof, text = (weights @ step.columns).unbind(-1)
+        if step.generated:
+            memory.look(view.layer, proof.mean(1))
+        masses = torch.stack([proof / visual.clamp(min=1e-12), text], dim=1)
+        proving, reading = ranked(masses, self.head_fraction)[..., None].unbind(1)
+        read = torch.where(step.behind, self.text * step.share() + self.beta, 1.0)[:, None]
+        out = weights * torch.where(proving, (self.alpha * step.evidence).exp(), 1.0)
+        out = out * torch.where(reading, read, 1.0)
         return out / out.sum(-1, keepdim=True)
