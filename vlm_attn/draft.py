@@ -17,7 +17,10 @@ from .stages import Draft, RowEdit
 if TYPE_CHECKING:
     from .session import Session
 
-_DROPPED = ("streamer", "stopping_criteria", "logits_processor", "max_length", "max_time", "stop_strings")
+_DROPPED = (
+    *("streamer", "stopping_criteria", "logits_processor", "stop_strings"),
+    *("max_length", "max_time", "min_length", "min_new_tokens"),
+)
 
 
 @dataclass
