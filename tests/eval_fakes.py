@@ -50,7 +50,7 @@ class FakeVlm:
         time.sleep(self.delay)
         if self.spec and self.spec["name"] == "broken":
             raise RuntimeError("this method always fails")
-        digest = sha256(image.tobytes() + text.encode()).digest()
+        digest = sha256((b"" if image is None else image.tobytes()) + text.encode()).digest()
         harm = (self.spec or {}).get("harm", 0)
         noise = float(torch.rand(()))
         if text.startswith("Is there"):

@@ -181,9 +181,18 @@ def test_published_pope_files(name: str) -> None:
 @needs("chair")
 @needs("mme")
 @needs("amber")
+@needs("hallusionbench")
+@needs("mmhal_bench")
 def test_published_files_of_the_other_benchmarks() -> None:
     counts = {name: len(documents(name, str(DATA))) for name in local_docs.names() if "_pope_" not in name}
-    assert counts == {"local_chair": 500, "local_mme": 240, "local_amber_g": 1004, "local_amber_d": 14216}
+    assert counts == {
+        "local_chair": 500,
+        "local_mme": 240,
+        "local_amber_g": 1004,
+        "local_amber_d": 14216,
+        "local_hallusion_bench": 1129,
+        "local_mmhal_bench": 96,
+    }
 
 
 @needs("pope")

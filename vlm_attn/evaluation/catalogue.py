@@ -45,4 +45,6 @@ def _local(name: str) -> tuple[int, str]:
         "mme": (240, "MME, the categories of the question file; from local folders"),
         "amber_g": (1004, "AMBER, descriptions; from local folders"),
         "amber_d": (14216, "AMBER, yes/no questions; from local folders"),
+        "hallusion_bench": (1129, "HallusionBench, 178 questions as text alone, no judge; from local folders"),
+        "mmhal_bench": (96, "MMHal-Bench, answers for a judge; from local folders"),
     }["_".join(parts)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation.matching import unknown_name
-from vlm_attn.evaluation.scorers import amber, chair, mme, pope
+from vlm_attn.evaluation.scorers import amber, chair, hallusionbench, mme, mmhal, pope
 from vlm_attn.evaluation.scorers.data import read_json, require_file
 from vlm_attn.evaluation.scorers.files import clean_question, file_stem, image_number, json_lines
 
@@ -92,12 +92,37 @@ def _amber(name: str, data: Path, ids: str) -> list[Document]:
     return out
 
 
+def _hallusion(name: str, data: Path, ids: str) -> list[Document]:
+    """Every question; those without a figure have an empty ``image`` and come last, so that a limit keeps figures."""
+    rows = json_lines(require_file(data, "hallusionbench", "HallusionBench.json"))
+    out = [
+        {**{key: str(row[key]) for key in hallusionbench.KEY}, "gt_answer": str(row["gt_answer"]),
+         "image": "" if str(row["visual_input"]) == "0" else f"./{str(row['filename']).removeprefix('./')}",
+         "question": row["question"],
+         "label": {"1": "yes", "0": "no"}[str(row["gt_answer"])]}
+        for row in rows
+    ]  # fmt: skip
+    return sorted(out, key=lambda doc: not doc["image"])
+
+
+def _mmhal(name: str, data: Path, ids: str) -> list[Document]:
+    """The open questions; a picture bears the last part of its address."""
+    rows = json_lines(require_file(data, "mmhal_bench", *mmhal.FILES))
+    return [
+        {"image_id": row["image_id"], "image": f"./{row['image_src'].rsplit('/', 1)[-1]}",
+         "question_type": row["question_type"], "question": row["question"], "label": row["gt_answer"]}
+        for row in rows
+    ]  # fmt: skip
+
+
 _READERS: dict[str, tuple[str, Callable[[str, Path, str], list[Document]]]] = {
     **dict.fromkeys(_POPE, ("pope", _pope)),
     f"{PREFIX}chair": ("chair", _chair),
     f"{PREFIX}mme": ("mme", _mme),
     f"{PREFIX}amber_g": ("amber_g", _amber),
     f"{PREFIX}amber_d": ("amber_d", _amber),
+    f"{PREFIX}hallusion_bench": ("hallusion", _hallusion),
+    f"{PREFIX}mmhal_bench": ("mmhal", _mmhal),
 }
 
 
@@ -107,7 +132,7 @@ def names() -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    """How a local benchmark is scored: pope, chair, mme, amber_g or amber_d."""
+    """How a local benchmark is scored: pope, chair, mme, amber_g, amber_d, hallusion or mmhal."""
     if name not in _READERS:
         raise ValueError(unknown_name("local benchmark", name, _READERS))
     return _READERS[name][0]
@@ -150,9 +175,16 @@ class Pictures:
         return by_name, by_number
 
     def find(self, image: str, category: str | None = None) -> Path | None:
-        """The file of an image, None if there is none; with several, the one below the folder ``category``."""
+        """The file of an image, None if there is none; with several, the one below the folder ``category``.
+
+        A name that starts with ``./`` is the end of a place (``./VS/map/0_1.png``), and taken exactly.
+        """
         by_name, by_number = self._files
-        found = by_name.get(image) or by_number.get(image_number(image)) or []
+        if image.startswith("./"):
+            named = by_name.get(image.rsplit("/", 1)[-1], [])
+            found = [path for path in named if f"/{path.relative_to(self.folder).as_posix()}".endswith(image[1:])]
+        else:
+            found = list(by_name.get(image) or by_number.get(image_number(image)) or [])
         if len(found) > 1 and category is not None:
             found = [path for path in found if category in path.relative_to(self.folder).parts[:-1]]
         if len(found) > 1:
@@ -162,7 +194,9 @@ class Pictures:
 
     def check(self, listed: Sequence[Mapping[str, Any]]) -> None:
         """Raise if a picture of these documents is missing: a subset is never scored silently."""
-        missing = [doc["image"] for doc in listed if self.find(doc["image"], doc.get("category")) is None]
+        missing = [
+            doc["image"] for doc in listed if doc["image"] and self.find(doc["image"], doc.get("category")) is None
+        ]
         if missing:
             unique = list(dict.fromkeys(missing))
             raise FileNotFoundError(

@@ -28,7 +28,8 @@ __all__ = ["LocalTask", "build"]
 
 SPLIT = "test"
 OPTIONS = ("data", "images", "ids", "prompt")
-_LENGTHS = {"chair": 512, "amber_g": 512}
+_LENGTHS = {"chair": 512, "amber_g": 512, "hallusion": 128, "mmhal": 512}
+_YES_NO = ("pope", "mme", "hallusion")
 _SHORT = 16
 Record = Mapping[str, Any]
 
@@ -61,7 +62,7 @@ class LocalTask(ConfigurableMessagesTask):
                 "test_split": SPLIT,
                 "output_type": "generate_until",
                 "doc_to_visual": self.visual,
-                "doc_to_text": partial(question, suffix=SUFFIXES[prompt] if kind in ("pope", "mme") else ""),
+                "doc_to_text": partial(question, suffix=SUFFIXES[prompt] if kind in _YES_NO else ""),
                 "doc_to_target": target,
                 "process_results": partial(records, names=list(rater.statistics)),
                 "metric_list": [
@@ -83,7 +84,9 @@ class LocalTask(ConfigurableMessagesTask):
         self.dataset_no_image = self.dataset
 
     def visual(self, doc: Record) -> list[Any]:
-        """The picture of a document, RGB."""
+        """The picture of a document, RGB; none where a question is asked as text alone."""
+        if not doc["image"]:
+            return []
         path = self.pictures.find(doc["image"], doc.get("category"))
         if path is None:
             self.pictures.check([doc])

@@ -23,9 +23,10 @@ __all__ = ["HEADLINE", "Rater", "compare", "flips", "kept_tokens", "latency", "p
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
 
-HEADLINE = {"pope": "f1", "chair": "chair_i", "mme": "score", "amber_g": "chair", "amber_d": "f1"}
+HEADLINE = {"pope": "f1", "chair": "chair_i", "mme": "score", "amber_g": "chair", "amber_d": "f1",
+            "hallusion": "a_acc", "mmhal": "empty_rate"}  # fmt: skip
 """The metric of each kind that plots and short tables show."""
-LOWER_IS_BETTER = frozenset({"chair_s", "chair_i", "chair", "hal", "cog"})
+LOWER_IS_BETTER = frozenset({"chair_s", "chair_i", "chair", "hal", "cog", "empty_rate"})
 
 
 def _divide(top: Array, bottom: Array) -> Array:
@@ -77,17 +78,19 @@ class Rater:
     details: Callable[[Sequence[Row]], dict[str, Any]] = lambda rows: {}
     mistakes: Callable[[Row], list[str]] = lambda row: []
     """Objects that an answer makes up, where that is what is scored."""
+    cluster: Callable[[Row], str] = lambda row: image_of(row)
+    """Samples that are resampled together: those of one picture, or more where a figure spans several."""
 
     def score(self, samples: Sequence[Row], *, seed: int = 0, resamples: int = 2000) -> dict[str, Any]:
         """``{n, images, metrics, intervals, ...details}`` of one method on one benchmark."""
-        clusters = [image_of(row) for row in samples]
+        clusters = [self.cluster(row) for row in samples]
         measured = intervals(
             self.rows(samples), clusters, self.statistics, self.proportions, seed=seed, resamples=resamples
         )
         return {
             "kind": self.kind,
             "n": len(samples),
-            "images": len(set(clusters)),
+            "images": len({image_of(row) for row in samples} - {""}),  # "": asked without a picture
             "metrics": {name: interval["value"] for name, interval in measured.items()},
             "intervals": measured,
             **self.details(samples),
@@ -232,7 +235,7 @@ def rater_for(task: str, parser: str = "pope", data: str | None = None) -> Rater
 
 
 def _local_rater(task: str, parser: str, data: str) -> Rater:
-    from vlm_attn.evaluation import amber_rater
+    from vlm_attn.evaluation import amber_rater, judged_raters
     from vlm_attn.evaluation.local_docs import kind_of
     from vlm_attn.evaluation.scorers.data import language_of, require_file
     from vlm_attn.evaluation.words.coco import coco_words_b, read_synonyms
@@ -243,7 +246,8 @@ def _local_rater(task: str, parser: str, data: str) -> Rater:
         return _chair_rater(coco_words_b(nodes, language_of(folder)))
     if kind == "amber_g":
         return amber_rater.captions(data)
-    return {"pope": lambda: _pope_rater(parser), "mme": _mme_rater, "amber_d": amber_rater.questions}[kind]()
+    return {"pope": lambda: _pope_rater(parser), "mme": _mme_rater, "amber_d": amber_rater.questions,
+            "hallusion": judged_raters.hallusion, "mmhal": judged_raters.mmhal}[kind]()  # fmt: skip
 
 
 def pope_averages(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -270,7 +274,7 @@ def compare(
     ids = [row["doc_id"] for row in before]
     if ids != [row["doc_id"] for row in after]:
         raise ValueError("The two methods were not run on the same samples; finish both runs before comparing.")
-    clusters = [image_of(row) for row in before]
+    clusters = [rater.cluster(row) for row in before]
     first, _ = st.cluster_sums(rater.rows(before), clusters)
     second, _ = st.cluster_sums(rater.rows(after), clusters)
     out: dict[str, Any] = {"n": len(ids), "difference": {}}

@@ -32,9 +32,12 @@ METRICS: dict[str, tuple[str, ...]] = {
     "mme": ("score", "acc", "acc_plus"),
     "amber_g": ("chair", "cover", "hal", "cog", "len_words"),
     "amber_d": ("accuracy", "precision", "recall", "f1", "unknown_rate"),
+    "hallusion": ("a_acc", "f_acc", "q_acc", "a_acc_all", "q_acc_all"),
+    "mmhal": ("len_words", "empty_rate"),
 }
 """What full tables show; the terminal leaves out `_WIDE` to fit."""
-COMPARED = {"pope": "accuracy", "chair": "chair_i", "mme": "acc", "amber_g": "chair", "amber_d": "accuracy"}
+COMPARED = {"pope": "accuracy", "chair": "chair_i", "mme": "acc", "amber_g": "chair", "amber_d": "accuracy",
+            "hallusion": "a_acc", "mmhal": "empty_rate"}  # fmt: skip
 """The metric whose paired difference is shown."""
 _WIDE = ("precision",)
 _NAMES = {
@@ -47,6 +50,12 @@ _NAMES = {
     "acc_plus": "acc+",
     "chair": "CHAIR",
     "unknown_rate": "unknown",
+    "a_acc": "aAcc",
+    "f_acc": "fAcc",
+    "q_acc": "qAcc",
+    "a_acc_all": "aAcc (all)",
+    "q_acc_all": "qAcc (all)",
+    "empty_rate": "empty",
     "f1_random_minus_adversarial": "F1 random - adversarial",
 }
 _ABSOLUTE = ("len_words", "len_tokens", "score")
@@ -115,7 +124,7 @@ def result_tables(results: Mapping[str, Any]) -> RenderableType:
 def _scored(results: Mapping[str, Any], task: str, rows: Mapping[str, Any]) -> Table:
     first = next(iter(rows.values()))
     kind = first["kind"]
-    reading = f", parser {first['parser']}" if kind == "pope" else ""
+    reading = f", parser {first['parser']}" if "parser" in first else ""
     table = Table(
         title=f"{task}  (n = {first['n']}, {first['images']} pictures{reading})",
         title_justify="left",

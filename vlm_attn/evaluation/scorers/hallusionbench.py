@@ -23,7 +23,7 @@ from vlm_attn.evaluation.scorers.judge import Judge, JudgeItem, read_replies, re
 from vlm_attn.evaluation.scorers.pairing import Question, pair
 from vlm_attn.evaluation.scorers.report import Report
 
-__all__ = ["QUESTION_SETS", "hallusion_metrics", "score"]
+__all__ = ["KEY", "QUESTION_SETS", "READINGS", "group_key", "hallusion_metrics", "is_right", "judge_free", "score"]
 
 KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
 QUESTION_SETS = ("image", "all")
@@ -32,16 +32,17 @@ READINGS = ("vlmevalkit", "ours", "strict")
 
 def hallusion_metrics(rows: Sequence[Row], right: Sequence[bool]) -> dict[str, float]:
     """aAcc, fAcc, qAcc of questions (with the fields `KEY`) and whether each was answered right."""
-    figures = [_key(row, "figure_id") for row in rows]
+    figures = [group_key(row, "figure_id") for row in rows]
     shown = [not (row["category"] == "VS" and str(row["figure_id"]) == "0") for row in rows]
     return {
         "a_acc": ratio(sum(right), len(right)),
         "f_acc": _all_right((f, r) for f, r, s in zip(figures, right, shown, strict=True) if s),
-        "q_acc": _all_right(zip([_key(row, "question_id") for row in rows], right, strict=True)),
+        "q_acc": _all_right(zip([group_key(row, "question_id") for row in rows], right, strict=True)),
     }
 
 
-def _key(row: Row, last: str) -> Hashable:
+def group_key(row: Row, last: str) -> Hashable:
+    """What the questions of a figure (``figure_id``) or of a group (``question_id``) share."""
     return tuple(str(row[name]) for name in (*KEY[:3], last))
 
 
@@ -88,8 +89,8 @@ def score(
     if replies is not None:
         verdicts = [read_verdict(reply) for reply in read_replies(Path(replies), [q for q, _ in pairs])]
     else:
-        verdicts = [read_verdict(judge(_item(q, a))) if judge else _verdict(q, a.text, parser) for q, a in pairs]
-    right = [_counts(q.row, v) for (q, _), v in zip(pairs, verdicts, strict=True)]
+        verdicts = [read_verdict(judge(_item(q, a))) if judge else judge_free(q.row, a.text, parser) for q, a in pairs]
+    right = [is_right(q.row, v) for (q, _), v in zip(pairs, verdicts, strict=True)]
     facts = [q.row for q, _ in pairs]
     return Report(
         benchmark="hallusionbench",
@@ -122,14 +123,15 @@ def _with_id(row: Answer) -> Answer:
     return Answer(row.text, fields, row.place)
 
 
-def _verdict(question: Question, text: str, parser: str) -> str:
+def judge_free(row: Row, text: str, parser: str = READINGS[0]) -> str:
+    """right, wrong, or unsure where neither yes nor no is read from the answer."""
     answer = parse_answer(text, parser)
     if answer == UNKNOWN:
         return "unsure"
-    return "right" if (answer == "yes") == (str(question.row["gt_answer"]) == "1") else "wrong"
+    return "right" if (answer == "yes") == (str(row["gt_answer"]) == "1") else "wrong"
 
 
-def _counts(row: Row, verdict: str) -> bool:
+def is_right(row: Row, verdict: str) -> bool:
     """Whether a verdict counts as right: without a figure, not knowing does."""
     return verdict == "right" or (verdict == "unsure" and row["category"] == "VS" and str(row["figure_id"]) == "0")
 
