@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import statistics
@@ -130,10 +131,11 @@ def prefill(
 
     Args:
         text_only: without the pictures.
-        encode: run the vision tower too, instead of handing over its features.
+        encode: run the vision tower too, instead of handing over its features (models of transformers 5.17 always do).
     """
     ids = job.text_ids if text_only else job.ids
-    if encode and not text_only:
+    takes_features = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
+    if (encode or not takes_features) and not text_only:
         extra["pixel_values"] = job.pixels
     elif not text_only:
         extra["mm_encoder_outputs"] = {"image": job.features}
