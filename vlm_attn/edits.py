@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import columns, fused, soft
 from .attention.call import Call, RowMap, Run
-from .attention.plans import FUSED_ROWS, Gated, Labelled, Remembered, edit_decode, edit_rows
+from .attention.plans import FUSED_ROWS, Gated, Labelled, Remembered, edit_decode, edit_rows, edit_weights
 from .draft import Drafted
 from .errors import UnsupportedError
 from .request import Request
@@ -240,6 +240,10 @@ class Edits:
             if (i, layer) in request.labelled and (frozen or not segment.wants_columns):
                 items.append((request.labelled[i, layer], self._gate(segment.rows, layer, call, request)))
         return items
+
+    def weights(self, layer: int, call: Call, rows: Tensor, request: Request) -> Tensor:
+        """fp32 ``[B, H, R, N]`` weights of the query rows ``rows [R]`` after every edit that changes weights."""
+        return edit_weights(call.weights(rows), rows, call.queries - 1, self._items(layer, call, request))
 
     def _decode(self, layer: int, call: Call, request: Request) -> Tensor | None:
         """Output ``[B, 1, H, d]`` of a decode step whose row some map or edit changes, else None."""

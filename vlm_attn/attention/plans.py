@@ -93,6 +93,17 @@ def edit_rows(call: Call, out: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, 
     return _edit_exact(call, out, rows, edits)
 
 
+def edit_weights(weights: Tensor, rows: Tensor, last: int, edits: Sequence[Gated]) -> Tensor:
+    """The weights ``[B, H, R, N]`` of the query rows ``rows [R]`` after the edits (row edits: in row ``last``)."""
+    for item, gate in edits:
+        if isinstance(item, Labelled):
+            weights = item.apply(weights, gate[:, None, rows, None])
+        elif int(rows[-1]) == last:
+            newest = item.apply(weights[:, :, -1:], gate[:, None, last:, None])
+            weights = torch.cat([weights[:, :, :-1], newest], dim=2)
+    return weights
+
+
 def _edit_exact(call: Call, out: Tensor, rows: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, int]:
     """Plan P2: the rows' weights before and after; the change of their outputs is added."""
     edited, last = 0, call.queries - 1
@@ -100,12 +111,7 @@ def _edit_exact(call: Call, out: Tensor, rows: Tensor, edits: Sequence[Gated]) -
     for part in chunks(rows, call.query.shape[0], call.query.shape[1], call.keys):
         weights = call.weights(part, maps=call.folded)
         current = call.weights(part) if call.pending else weights
-        for item, gate in edits:
-            if isinstance(item, Labelled):
-                current = item.apply(current, gate[:, None, part, None])
-            elif int(part[-1]) == last:
-                newest = item.apply(current[:, :, -1:], gate[:, None, last:, None])
-                current = torch.cat([current[:, :, :-1], newest], dim=2)
+        current = edit_weights(current, part, last, edits)
         change = current - weights
         touched = change.ne(0).any(-1)
         if bool(touched.any()):
@@ -172,4 +178,14 @@ def _edit_fused(call: Call, out: Tensor, rows: Tensor, item: Labelled) -> tuple[
     return result, int(touched.sum())
 
 
-__all__ = ["Call", "Gated", "Labelled", "Remembered", "RowMap", "edit_decode", "edit_rows", "fused_inputs"]
+__all__ = [
+    "Call",
+    "Gated",
+    "Labelled",
+    "Remembered",
+    "RowMap",
+    "edit_decode",
+    "edit_rows",
+    "edit_weights",
+    "fused_inputs",
+]

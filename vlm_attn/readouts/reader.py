@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..attention.call import Call
-from ..attention.plans import Labelled
 from ..attention.rows import chunks
 from ..errors import UnsupportedError
 from ..profiles import public_name
@@ -104,24 +103,13 @@ class Reader(Recorder):
                 "new token at a time, from the prompt on"
             )
         last = torch.tensor([call.queries - 1], device=call.query.device)
-        self.read[layer].take_last(self._weights(layer, call, last, request)[:, :, 0])
+        self.read[layer].take_last(self.session.edits.weights(layer, call, last, request)[:, :, 0])
 
     def _take_question(self, layer: int, call: Call, request: Request) -> None:
         state = self.read[layer]
         rows = state.tokens.qry.any(0).nonzero()[:, 0]
         for part in chunks(rows, len(call.query), call.query.shape[1], call.keys):
-            state.take_question(self._weights(layer, call, part, request), part, call.visible(part))
-
-    def _weights(self, layer: int, call: Call, rows: Tensor, request: Request) -> Tensor:
-        """fp32 ``[B, H, R, N]`` weights of the rows after every edit that changes weights."""
-        weights = call.weights(rows)
-        for item, gate in self.session.edits._items(layer, call, request):
-            if isinstance(item, Labelled):
-                weights = item.apply(weights, gate[:, None, rows, None])
-            elif int(rows[-1]) == call.queries - 1:
-                newest = item.apply(weights[:, :, -1:], gate[:, None, -1:, None])
-                weights = torch.cat([weights[:, :, :-1], newest], dim=2)
-        return weights
+            state.take_question(self.session.edits.weights(layer, call, part, request), part, call.visible(part))
 
     @contextlib.contextmanager
     def outputs(self) -> Iterator[None]:
