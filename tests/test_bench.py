@@ -10,7 +10,7 @@ from rich.console import Console
 
 import vlm_attn
 from vlm_attn import bench
-from vlm_attn.bench import edits, memory, overview, report
+from vlm_attn.bench import edits, memory, overview, paired, report
 from vlm_attn.flops import prefill_flops
 
 LLAVA = {"hidden": 4096, "inner": 11008}
@@ -130,7 +130,7 @@ def test_a_case_is_compared_with_the_stock_runs_around_it() -> None:
         return edits.Taken(2.0, 1.0)
 
     found = [edits.Case(name, edits.stock_run) for name in ("a", "b", "c")]
-    edits._round(found, stock, run)
+    paired.time_round(found, stock, run)
     assert order == ["stock", "a", "b", "stock", "c", "stock"]
     ratios = [edits._row(case, None, "cpu")["prefill"]["ratio"] for case in found]
     assert ratios == [2.0, 2.0, 1.0]

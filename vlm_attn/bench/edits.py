@@ -21,14 +21,13 @@ from .. import draft
 from ..registry import method
 from ..session import Session, attach
 from ..stages import Method, RowEdit
-from . import memory, overview, setup
+from . import memory, overview, paired, setup
 from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
 
 CONTROL = "noop control"
 EAGER = "eager, attentions returned"
 DECODE_BAR, MEMORY_BAR = 1.10, 1.05
 LAST_ROW_BAR = 1.03
-BETWEEN_STOCK = 2
 
 SHAPES = {
     "deep": replace(overview.SHAPES["deep"], pictures=4),
@@ -204,19 +203,6 @@ def _clock(clock: str, device: str) -> Callable[[], float]:
     return now
 
 
-def _round(found: list[Case], stock: Callable[[], Taken], run: Callable[[Case], Taken]) -> None:
-    """Times every case once, with stock runs around every ``BETWEEN_STOCK`` of them."""
-    before = stock()
-    for start in range(0, len(found), BETWEEN_STOCK):
-        group = found[start : start + BETWEEN_STOCK]
-        taken = [run(case) for case in group]
-        after = stock()
-        for case, one in zip(group, taken, strict=True):
-            case.taken.append(one)
-            case.around.append((before, after))
-        before = after
-
-
 def bench_shape(
     shape: Shape,
     rounds: int,
@@ -249,9 +235,7 @@ def bench_shape(
             case.peak = memory.peak(functools.partial(case.run, model, job, 2, now), device)
             tick()
         stock()
-        for number in range(rounds):
-            first = number * BETWEEN_STOCK % len(found)
-            _round(found[first:] + found[:first], stock, run)
+        paired.time_rounds(found, rounds, stock, run)
         answers = whole_answers(model, job, steps, now, min(rounds, 3)) if not only else []
     return _report(shape, found, bytes_of_stock, answers, device)
 
@@ -316,19 +300,12 @@ def _report(
 
 
 def _row(case: Case, stock_peak: int | None, device: str) -> dict[str, Any]:
-    def ratio(read: Callable[[Taken], float]) -> dict[str, float]:
-        values = [read(taken) for taken in case.taken]
-        pairs = zip(values, case.around, strict=True)
-        unit = _prefill if read is _bare_prefill else read
-        ratios = [value / statistics.fmean(map(unit, pair)) for value, pair in pairs]
-        return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
-
     decode_bar = None if not case.ours else GPU_BARS["decode"] if device == "cuda" else DECODE_BAR
     row: dict[str, Any] = {
         "case": case.name,
         "data": case.said,
-        "prefill": {**ratio(_prefill), "bar": case.bar},
-        "decode": {**ratio(_decode), "bar": decode_bar},
+        "prefill": {**paired.ratio(case, _prefill), "bar": case.bar},
+        "decode": {**paired.ratio(case, _decode), "bar": decode_bar},
         "memory": {
             "peak_bytes": case.peak,
             "ratio": case.peak / stock_peak if case.peak and stock_peak else None,
@@ -338,7 +315,7 @@ def _row(case: Case, stock_peak: int | None, device: str) -> dict[str, Any]:
     }
     if any(taken.text_pass for taken in case.taken):
         row["text_only_pass_s"] = statistics.median(taken.text_pass for taken in case.taken)
-        row["prefill_without_text_pass"] = {**ratio(_bare_prefill), "bar": case.bar}
+        row["prefill_without_text_pass"] = {**paired.ratio(case, _bare_prefill, _prefill), "bar": case.bar}
         row["prefill"]["bar"] = None
     return row
 

@@ -20,7 +20,7 @@ from ..kit.budgets import equivalent_tokens
 from ..registry import method
 from ..session import Session, attach
 from ..stages import Method
-from . import memory, setup
+from . import memory, paired, setup
 from .overview import CONTROL, ideal_ratio
 from .setup import CLOCKS, CONTROL_TOLERANCE, Request, Shape
 
@@ -28,7 +28,6 @@ FORMULA = "(2 + 2 s) n d^2 + n (n + 1) d + 3 n d m per layer, s = share of key/v
 SHARE = 1 / 9
 BARS = {"input": 0.85, "layer 2": 0.90}
 SCORING_BAR, DECODE_BAR = 0.02, 1.0
-BETWEEN_STOCK = 2
 
 SHAPES = {
     "640": Shape("640", layers=12, heads=16, kv_heads=16, visual=576, text=64),
@@ -159,18 +158,6 @@ def _lengths(session: Session) -> list[int]:
     return [int(n) for n in session.last.kept_per_layer(session.info.layers)[0]]
 
 
-def _round(found: list[Case], stock: Callable[[], Taken], run: Callable[[Case], Taken]) -> None:
-    before = stock()
-    for start in range(0, len(found), BETWEEN_STOCK):
-        group = found[start : start + BETWEEN_STOCK]
-        taken = [run(case) for case in group]
-        after = stock()
-        for case, one in zip(group, taken, strict=True):
-            case.taken.append(one)
-            case.around.append((before, after))
-        before = after
-
-
 def bench_shape(
     shape: Shape,
     rounds: int,
@@ -200,9 +187,7 @@ def bench_shape(
         stock()
         for case in found:
             run(case)
-        for number in range(rounds):
-            first = number * BETWEEN_STOCK % len(found)
-            _round(found[first:] + found[:first], stock, run)
+        paired.time_rounds(found, rounds, stock, run)
     return _report(shape, found, steps, bytes_of_stock)
 
 
@@ -244,13 +229,7 @@ def _report(shape: Shape, found: list[Case], steps: int, stock_peak: int | None)
 
 
 def _row(shape: Shape, case: Case, steps: int, stock_prefill: float, stock_peak: int | None) -> dict[str, Any]:
-    def ratio(read: Callable[[Taken], float]) -> dict[str, float]:
-        values = [read(taken) for taken in case.taken]
-        around = [statistics.fmean(map(read, pair)) for pair in case.around]
-        ratios = [value / unit for value, unit in zip(values, around, strict=True)]
-        return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
-
-    prefill = ratio(lambda taken: taken.prefill)
+    prefill = paired.ratio(case, lambda taken: taken.prefill)
     ideal = ideal_ratio(shape, [shape.text + n for n in case.per_layer])
     scoring = statistics.median(taken.scoring for taken in case.taken)
     return {
@@ -263,8 +242,11 @@ def _row(shape: Shape, case: Case, steps: int, stock_prefill: float, stock_peak:
         "prefill": prefill,
         "of_ideal_speedup": ideal / prefill["ratio"],
         "of_ideal_bar": BARS.get(case.kind),
-        "end_to_end": {**ratio(lambda taken: taken.prefill + steps * taken.decode), "decode_steps": steps},
-        "decode": {**ratio(lambda taken: taken.decode), "bar": DECODE_BAR},
+        "end_to_end": {
+            **paired.ratio(case, lambda taken: taken.prefill + steps * taken.decode),
+            "decode_steps": steps,
+        },
+        "decode": {**paired.ratio(case, lambda taken: taken.decode), "bar": DECODE_BAR},
         "scoring": {
             "median_s": scoring,
             "of_stock_prefill": scoring / stock_prefill,

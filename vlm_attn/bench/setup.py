@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import platform
 import statistics
@@ -22,6 +21,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     __version__,
 )
+
+from ..families import resolve
 
 CONTROL_TOLERANCE = 0.05
 SINK_SHARE = 0.01  # of the visual tokens: the healthy range of published models ends near 5 %
@@ -87,7 +88,11 @@ def build(
 
 @dataclass
 class Request:
-    """A prompt with its pictures, their features, and the tokens of the decode steps."""
+    """A prompt with its pictures, their features, and the tokens of the decode steps.
+
+    Attributes:
+        features: None where the model takes pixels only (transformers 5.17): every prefill then encodes them.
+    """
 
     ids: Tensor
     pixels: Tensor
@@ -116,7 +121,8 @@ def request(model: LlavaForConditionalGeneration, shape: Shape) -> Request:
     last = model.base_model.multi_modal_projector.linear_2
     last.weight.mul_(scale)
     last.bias.mul_(scale)
-    return Request(ids, pixels, features)
+    # Asked once: a look at the signature has no place in what is timed.
+    return Request(ids, pixels, features if resolve(model).takes_features else None)
 
 
 def prefill(
@@ -131,11 +137,10 @@ def prefill(
 
     Args:
         text_only: without the pictures.
-        encode: run the vision tower too, instead of handing over its features (models of transformers 5.17 always do).
+        encode: run the vision tower too, instead of handing over its features (if there are any).
     """
     ids = job.text_ids if text_only else job.ids
-    takes_features = "mm_encoder_outputs" in inspect.signature(type(model).forward).parameters
-    if (encode or not takes_features) and not text_only:
+    if (encode or job.features is None) and not text_only:
         extra["pixel_values"] = job.pixels
     elif not text_only:
         extra["mm_encoder_outputs"] = {"image": job.features}

@@ -1,0 +1,53 @@
+"""Cases timed with stock runs around them, and what they are as multiples of those."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+BETWEEN_STOCK = 2
+
+
+class Timed(Protocol):
+    """A case: its runs, and for each the stock runs before and after it."""
+
+    taken: list[Any]
+    around: list[tuple[Any, Any]]
+
+
+C = TypeVar("C", bound=Timed)
+
+
+def time_round(found: Sequence[C], stock: Callable[[], Any], run: Callable[[C], Any]) -> None:
+    """Times every case once, with stock runs around every ``BETWEEN_STOCK`` of them."""
+    before = stock()
+    for start in range(0, len(found), BETWEEN_STOCK):
+        group = found[start : start + BETWEEN_STOCK]
+        taken = [run(case) for case in group]
+        after = stock()
+        for case, one in zip(group, taken, strict=True):
+            case.taken.append(one)
+            case.around.append((before, after))
+        before = after
+
+
+def time_rounds(found: Sequence[C], rounds: int, stock: Callable[[], Any], run: Callable[[C], Any]) -> None:
+    """Rounds in rotating order."""
+    for number in range(rounds):
+        first = number * BETWEEN_STOCK % len(found)
+        time_round([*found[first:], *found[:first]], stock, run)
+
+
+def ratio(
+    case: Timed, read: Callable[[Any], float], of_stock: Callable[[Any], float] | None = None
+) -> dict[str, float]:
+    """Median of what ``read`` gives of a case's runs, in seconds and over the mean of the stock runs around each.
+
+    Args:
+        of_stock: what to read of the stock runs; by default the same.
+    """
+    values = [read(taken) for taken in case.taken]
+    units = [statistics.fmean(map(of_stock or read, pair)) for pair in case.around]
+    ratios = [value / unit for value, unit in zip(values, units, strict=True)]
+    return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
