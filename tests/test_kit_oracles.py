@@ -26,11 +26,11 @@ def flops_ratio(visual: list[int]) -> float:
 # ------------------------------------------------------------------------------------------------ budgets and FLOPs
 
 
-def test_oracle_flops_fastv_half_at_layer_2() -> None:
+def test_oracle_9_flops_fastv_half_at_layer_2() -> None:
     assert flops_ratio(budgets.per_layer(N, DEPTH, [(2, 288)])) == pytest.approx(0.570, abs=6e-4)
 
 
-def test_oracle_flops_pyramiddrop_halving() -> None:
+def test_oracle_9_flops_pyramiddrop_halving() -> None:
     schedule = [(layer, budgets.floor_share(N, share)) for layer, share in budgets.PYRAMIDDROP]
     visual = budgets.per_layer(N, DEPTH, schedule)
     assert budgets.equivalent_tokens(visual) == 270
@@ -38,30 +38,30 @@ def test_oracle_flops_pyramiddrop_halving() -> None:
 
 
 @pytest.mark.parametrize(("kept", "ratio"), [(192, 0.390), (128, 0.290), (64, 0.191)])
-def test_oracle_flops_before_the_language_model(kept: int, ratio: float) -> None:
+def test_oracle_9_flops_before_the_language_model(kept: int, ratio: float) -> None:
     assert flops_ratio([kept] * DEPTH) == pytest.approx(ratio, abs=6e-4)
 
 
-def test_oracle_equivalent_tokens_fastv_128_is_156() -> None:
+def test_oracle_section_0_fastv_128_is_156() -> None:
     assert budgets.equivalent_tokens(budgets.per_layer(N, DEPTH, [(2, 128)])) == 156
 
 
 @pytest.mark.parametrize(("average", "kept"), [(192, 166), (128, 98), (64, 30)])
-def test_oracle_equivalent_tokens_fastv_must_keep(average: int, kept: int) -> None:
+def test_oracle_section_0_fastv_must_keep(average: int, kept: int) -> None:
     assert budgets.equivalent_tokens(budgets.per_layer(N, DEPTH, [(2, kept)])) == pytest.approx(average, abs=0.5)
 
 
-def test_oracle_equivalent_tokens_pyramiddrop_short_is_128() -> None:
+def test_oracle_section_0_pyramiddrop_short_is_128() -> None:
     schedule = [(layer, budgets.floor_share(N, r)) for layer, r in ((2, 0.32), (10, 0.16), (20, 0.08))]
     assert budgets.equivalent_tokens(budgets.per_layer(N, DEPTH, schedule)) == 128
 
 
-def test_oracle_equivalent_tokens_himap_is_125() -> None:
+def test_oracle_section_0_himap_is_125() -> None:
     assert budgets.equivalent_tokens(budgets.per_layer(N, DEPTH, [(2, 115), (8, 90)])) == pytest.approx(125, abs=0.1)
 
 
 @pytest.mark.parametrize(("nominal", "equivalent"), [(192, 192.0), (128, 128.6), (64, 64.8)])
-def test_oracle_equivalent_tokens_sparsevlm_with_recycled_ones(nominal: int, equivalent: float) -> None:
+def test_oracle_section_0_sparsevlm_with_recycled_ones(nominal: int, equivalent: float) -> None:
     """A layer is charged its output length, merged tokens included."""
     schedule, before = [], N
     for layer, kept in zip(budgets.SPARSEVLM_LAYERS, budgets.SPARSEVLM[nominal], strict=True):
@@ -71,14 +71,14 @@ def test_oracle_equivalent_tokens_sparsevlm_with_recycled_ones(nominal: int, equ
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.1112, 64), (0.2223, 128), (0.3334, 192)])
-def test_oracle_zoo_ratios(keep: float, kept: int) -> None:
+def test_oracle_section_2_zoo_ratios(keep: float, kept: int) -> None:
     assert budgets.floor_share(N, keep) == kept
 
 
 # ------------------------------------------------------------------------------------------------- positional trend
 
 
-def test_oracle_himap_pope_weight_ends_at_0_2738() -> None:
+def test_oracle_section_1_3_himap_pope_weight_ends_at_0_2738() -> None:
     sigma = calibrators.RELEASED_SIGMA["himap"][calibrators.BENCHMARKS.index("POPE")]
     weights = calibrators.trend_weights(calibrators.raster_position(N), sigma)
     assert float(weights[0]) == 1
@@ -86,25 +86,25 @@ def test_oracle_himap_pope_weight_ends_at_0_2738() -> None:
 
 
 @pytest.mark.parametrize(("index", "w"), [(0, 1.0), (288, 0.7866), (575, 0.3582)])
-def test_oracle_fastv_released_cubic(index: int, w: float) -> None:
+def test_oracle_section_1_3_fastv_released_cubic(index: int, w: float) -> None:
     """The middle figure is that of the released vector's place 288, the first one past x = 0.5."""
     x = calibrators.raster_position(N)
     assert float(calibrators.fastv_released(x)[index]) == pytest.approx(w, abs=5e-5)
 
 
-def test_oracle_fastv_endpoint_exponent_is_1_03() -> None:
+def test_oracle_section_1_3_fastv_endpoint_exponent_is_1_03() -> None:
     assert -math.log(float(calibrators.fastv_released(torch.tensor(1.0)))) == pytest.approx(1.03, abs=5e-3)
 
 
 @pytest.mark.parametrize(
     ("pruner", "mean"), [("himap", 1.07), ("pyramiddrop", 1.89), ("sparsevlm", 1.94), ("tokencarve", 0.83)]
 )
-def test_oracle_mean_released_exponent(pruner: str, mean: float) -> None:
+def test_oracle_section_1_3_mean_released_exponent(pruner: str, mean: float) -> None:
     sigmas = calibrators.RELEASED_SIGMA[pruner]
     assert sum(sigmas) / len(sigmas) == pytest.approx(mean, abs=6e-3)
 
 
-def test_oracle_uniform_attention_keeps_the_lowest_indices() -> None:
+def test_oracle_3_uniform_attention_keeps_the_lowest_indices() -> None:
     flat, x = torch.full((N,), 1 / N), calibrators.raster_position(N)
     for sigma in (0.1, 1.0, 1.9):
         assert selectors.topk(calibrators.exp_trend(flat, x, sigma), 64).tolist() == list(range(64))
@@ -112,14 +112,14 @@ def test_oracle_uniform_attention_keeps_the_lowest_indices() -> None:
 
 
 @fifty
-def test_oracle_a_constant_factor_changes_nothing(seed: int) -> None:
+def test_oracle_3_a_constant_factor_changes_nothing(seed: int) -> None:
     a, x = draw(seed, N).exp(), calibrators.raster_position(N)
     kept = selectors.topk(calibrators.exp_trend(a, x, 1.3), 64)
     assert torch.equal(kept, selectors.topk(calibrators.exp_trend(a * 8.0, x, 1.3), 64))
 
 
 @fifty
-def test_oracle_self_check_after_debiasing(seed: int) -> None:
+def test_oracle_section_1_4_self_check_after_debiasing(seed: int) -> None:
     """The exponent refitted on calibrated scores lies within 0.1 of zero."""
     x = calibrators.raster_position(N)
     biased = torch.exp(1.7 * x + 0.3 * draw(seed, N))
@@ -148,14 +148,14 @@ def padded_canvas(width: int, height: int) -> ImageGeometry:
 
 @pytest.mark.parametrize("size", PADDED)
 @pytest.mark.parametrize(("column", "tolerance"), [(0, 0.01), (1, 0.3), (2, 0.5)])
-def test_oracle_visible_tokens(size: tuple[int, int], column: int, tolerance: float) -> None:
+def test_oracle_4_section_1_5_visible_tokens(size: tuple[int, int], column: int, tolerance: float) -> None:
     for width, height in (size, size[::-1]):
         visible = padded_canvas(width, height).visible(tolerance)
         assert int(visible.sum()) == PADDED[size][column]
 
 
 @pytest.mark.parametrize("size", PADDED)
-def test_oracle_capped_choice_never_takes_padding(size: tuple[int, int]) -> None:
+def test_oracle_4_capped_choice_never_takes_padding(size: tuple[int, int]) -> None:
     visible = padded_canvas(*size).visible(0.5).reshape(-1)
     a = draw(1, N).exp() * ~visible + 1e-6 * draw(2, N).abs()  # padding has nearly all the attention
     idx, valid = selectors.topk_visible(calibrators.suppress(a, visible), visible, 500)
@@ -167,12 +167,12 @@ def test_oracle_capped_choice_never_takes_padding(size: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize(("distance", "gain"), [(0, 1.0), (600, 0.21), (2000, 0.03)])
-def test_oracle_all_ones_rope(distance: int, gain: float) -> None:
+def test_oracle_section_1_8_all_ones_rope(distance: int, gain: float) -> None:
     frequencies = calibrators.inverse_frequencies(128, 1e4)
     assert float(calibrators.rope_gain(torch.tensor(distance), frequencies)) == pytest.approx(gain, abs=5e-3)
 
 
-def test_oracle_all_ones_rope_changes_sign_below_3000() -> None:
+def test_oracle_section_1_8_all_ones_rope_changes_sign_below_3000() -> None:
     distance = torch.arange(3001)
     short = calibrators.rope_gain(distance, calibrators.inverse_frequencies(128, 1e4))
     assert float(short.min()) < 0
@@ -186,7 +186,7 @@ def test_oracle_all_ones_rope_changes_sign_below_3000() -> None:
 
 
 @fifty
-def test_oracle_maxmin_takes_duplicates_last(seed: int) -> None:
+def test_oracle_5_maxmin_takes_duplicates_last(seed: int) -> None:
     distinct = draw(seed, 8, 6)
     x = torch.cat([distinct, distinct[[0, 3, 3]]])
     order = torch.randperm(11, generator=torch.Generator().manual_seed(seed))
@@ -195,7 +195,7 @@ def test_oracle_maxmin_takes_duplicates_last(seed: int) -> None:
         assert sorted(kinds[kept].tolist()) == list(range(8))
 
 
-def test_oracle_dpp_takes_all_orthogonal_tokens_alike() -> None:
+def test_oracle_5_dpp_takes_all_orthogonal_tokens_alike() -> None:
     x = torch.linalg.qr(draw(0, 12, 12)).Q
     order, gains = selectors.dpp_gains(x, torch.full((12,), 0.7), 12)
     assert sorted(order.tolist()) == list(range(12))
@@ -203,7 +203,7 @@ def test_oracle_dpp_takes_all_orthogonal_tokens_alike() -> None:
 
 
 @fifty
-def test_oracle_dpp_gains_nothing_from_duplicates(seed: int) -> None:
+def test_oracle_5_dpp_gains_nothing_from_duplicates(seed: int) -> None:
     x = torch.cat([draw(seed, 5, 32)] * 2)
     _, gains = selectors.dpp_gains(x, torch.ones(10), 10)
     assert (gains[:5] > 0.1).all()
@@ -218,7 +218,7 @@ def test_oracle_dpp_starts_with_the_earliest_of_equals(seed: int) -> None:
 
 
 @fifty
-def test_oracle_zoo_with_a_linear_projector_is_farthest_point_from_0(seed: int) -> None:
+def test_oracle_6_zoo_with_a_linear_projector_is_farthest_point_from_0(seed: int) -> None:
     matrix, x = draw(seed, 7, 9), draw(seed + 1, 20, 9)
     s = scores.zo_sensitivity(lambda z: z @ matrix.T, x, m=8, seed=seed)
     assert float(s.max() - s.min()) < 1e-3 * float(s.mean())  # the same for all tokens up to rounding
@@ -231,7 +231,7 @@ def test_oracle_zoo_with_a_linear_projector_is_farthest_point_from_0(seed: int) 
 
 
 @fifty
-def test_oracle_holov_diversity_is_inert_as_released(seed: int) -> None:
+def test_oracle_section_3_12_holov_diversity_is_inert_as_released(seed: int) -> None:
     """Run weights with and without the variance term agree to 1e-7, so the kept sets do."""
     a, x = draw(seed, N).softmax(-1), draw(seed + 1, N, 16)
     t = scores.holistic(a, x, 16)
