@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,17 +11,71 @@ from transformers import DynamicCache
 
 import vlm_attn
 from tests import models
-from tests.matrix import MATRIX
+from tests.matrix import MATRIX, given_kept
 from tests.matrix_pruning import PRUNING
 from tests.reference.llava import image_features
 from tests.reference.pruning import FastV
-from tests.reference.pruning_stages import Staged
+from tests.reference.pruning_stages import OneCut, Staged
 from vlm_attn.errors import MissingProfileError, UnsupportedError
 from vlm_attn.families import checks
 from vlm_attn.readouts.recorder import Recorder
 
 PROMPTS = 50
-CASES = [(name, number) for name, row in PRUNING.items() for number in range(len(row["variants"]))]
+
+
+def fastv(model: Any, params: dict[str, Any], last: Any, row: int) -> Staged:
+    """Own selection, by layer."""
+    return _FastV(model, **params)
+
+
+class _FastV(Staged):
+    """The last row of layer K - 1, spelled out in the reference of FastV itself."""
+
+    def __init__(self, model: Any, layer: int = 2, keep: float | str = 0.5) -> None:
+        super().__init__(model, [layer])
+        self.plain = FastV(model, layer, keep)
+
+    def run(self, ids: torch.Tensor, features: torch.Tensor | None, forced: Any = ()) -> torch.Tensor:
+        """See `Dense.run`."""
+        logits = self.plain.run(ids, features, forced)
+        self.margin, self.kept = self.plain.margin, {self.layers[0]: torch.cat(self.plain.kept or [])}
+        return logits
+
+
+class _Drawn(OneCut):
+    """The n-th picture of a prompt keeps the first k of a permutation drawn from the seed and n."""
+
+    def __init__(self, model: Any, layer: int = 2, keep: float = 0.5, seed: int = 0) -> None:
+        super().__init__(model, layer, keep, self.draw)
+        self.seed, self.number = seed, 0
+
+    def draw(self, x: torch.Tensor, k: int, text: torch.Tensor) -> list[int]:
+        """Of the next picture."""
+        generator = torch.Generator().manual_seed(1009 * self.seed + self.number)
+        self.number += 1
+        return sorted(torch.randperm(len(x), generator=generator).tolist()[:k])
+
+
+def even(x: torch.Tensor, k: int, text: torch.Tensor) -> list[int]:
+    """The middles of k equal stretches."""
+    return [math.floor((j + 0.5) * len(x) / k) for j in range(k)]
+
+
+REFERENCES: dict[str, Any] = {
+    **{name: MATRIX[name].reference for name in PRUNING},
+    "fastv": fastv,
+    "random_prune": lambda model, params, last, row: _Drawn(model, **params),
+    "uniform_prune": lambda model, params, last, row: OneCut(
+        model, **{"layer": 2, "keep": 0.5, **params}, choose=even
+    ),
+}
+"""Per method a selection of its own: masking with the kept set that the session reports is none."""
+CASES = [(name, number) for name in REFERENCES for number in range(len(MATRIX[name].variants))]
+
+
+def test_every_pruning_method_has_a_literal_selection() -> None:
+    assert set(REFERENCES) == {row.name for row in vlm_attn.methods() if row.stage == "prune"}
+    assert given_kept not in REFERENCES.values()
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
@@ -35,7 +90,7 @@ def test_kept_sets(name: str, number: int) -> None:
             with torch.no_grad():
                 model(**prompt.inputs())
             last = session.last
-            reference: Any = row.reference(model, params, last, 0)
+            reference: Any = REFERENCES[name](model, params, last, 0)
             reference.pixels = prompt.pixels
             with session.suspended():
                 reference.run(prompt.ids, image_features(model, prompt.pixels))
