@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import optimize
 from torch import Tensor
 
-from . import profiles, pruning, selection
+from . import profiles, pruning, registry, selection
 from .calibration_heads import By, gaze_layers, questions, search
 from .images import load_image
 from .profiles import Profile
@@ -57,7 +57,7 @@ def calibrate(
         vlm: the wrapped checkpoint; its pipeline is suspended meanwhile.
         what: method names (``"var"``: sink dimensions; ``"fastv"``: positional trend; ``"gift"``: layer of the map;
             ``"act"``, ``"zerotuning"``, ``"head_gate"``, ``"adhh"``: head searches, which ask every question once per
-            head); empty = the first two.
+            head; any other debiased method: the trend of its own first score); empty = the first two.
         n: pictures to use (sinks: 32, trend: 256, gaze: 16, head searches: 96 questions by default).
         out: profile file; by default the one ``wrap`` looks for.
         images: folder of pictures; not needed for the bundled model.
@@ -81,6 +81,9 @@ def calibrate(
         "gift": lambda: ("gift", gaze_layers(vlm, _pairs(vlm, n or 16, images))),
         **{name: functools.partial(heads, name) for name in ("act", "zerotuning", "head_gate", "adhh")},
     }
+    for row in registry.methods():  # methods that rank by another score than FastV's have a trend of their own
+        if any(need.startswith("trend") for need in row.needs):
+            known.setdefault(row.name, functools.partial(_own_trend, vlm, row.name, n or 256, images))
     for name in what:
         if name not in known:
             raise ValueError(
@@ -211,8 +214,43 @@ def _relative(x: Tensor) -> Tensor:
     return x.abs() / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
+Reading = Callable[[Pair], tuple[TokenMap, Callable[[Tensor], Tensor]]]
+"""A prompt's roles, and its scores on given slots."""
+
+
 def trend(vlm: VLM, pairs: Sequence[Pair], layer: int) -> dict[str, Any]:
-    """Positional trend ``mu exp(sigma x)`` of last-row attention at one layer.
+    """Positional trend of last-row attention at one layer, see `fit`."""
+    layers = vlm._live().info.layers
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer={layer} does not exist; the model has layers 0..{layers - 1}")
+
+    def read(pair: Pair) -> tuple[TokenMap, Callable[[Tensor], Tensor]]:
+        tokens, recorder = _read(vlm, pair, [layer], text_rows=False)
+        return tokens, lambda slots: recorder.on(slots)[0, 0]
+
+    return fit(vlm, pairs, RowScore(layer).id, read)
+
+
+def _own_trend(vlm: VLM, name: str, n: int, images: Path | None) -> tuple[str, dict[str, Any]]:
+    """Profile entry and trend of the score that a method's first stage ranks by, at the method's defaults."""
+    before = vlm._live().methods
+    session = vlm.set_method(name)._live()
+    try:
+        layer, score = next((site.layer, site.score) for site in session.sites.values() if site.score is not None)
+
+        def read(pair: Pair) -> tuple[TokenMap, Callable[[Tensor], Tensor]]:
+            with torch.no_grad():
+                vlm.model(**vlm.inputs([pair[0]], pair[1]))
+            request = session.last
+            return request.tokens_at(layer - 1), lambda slots: request.scores[score][0, slots]
+
+        return f"trend:{score.id}", fit(vlm, _pairs(vlm, n, images), score.id, read)
+    finally:
+        vlm.set_method(list(before))
+
+
+def fit(vlm: VLM, pairs: Sequence[Pair], score: str, read: Reading) -> dict[str, Any]:
+    """Positional trend ``mu exp(sigma x)`` of the scores that ``read`` takes off each prompt.
 
     Scores are divided by their mean per picture (unpublished choice, so that no picture dominates), averaged in 64
     bins of x over tokens that show picture, and fitted by least squares, started from the log-linear fit. The
@@ -220,18 +258,16 @@ def trend(vlm: VLM, pairs: Sequence[Pair], layer: int) -> dict[str, Any]:
     number of visual tokens, ``mean`` holds the average place by place (0 where no picture shows anything).
     """
     session = vlm._live()
-    if not 0 <= layer < session.info.layers:
-        raise ValueError(f"layer={layer} does not exist; the model has layers 0..{session.info.layers - 1}")
     xs, values = [], []
     places: list[tuple[int, Tensor, Tensor]] = []
     for pair in pairs:
-        tokens, recorder = _read(vlm, pair, [layer], text_rows=False)
+        tokens, on = read(pair)
         visible = pruning.visible(tokens, session.family, vlm.processor, [[pair[0].size]])
         for row, all_slots, _ in selection.images(tokens):
             slots = all_slots[visible[row, all_slots]]
-            score = recorder.on(slots)[0, 0]
+            found = on(slots)
             xs.append(selection.position(tokens, row, slots))
-            values.append(score / score.mean().clamp(min=1e-12))
+            values.append(found / found.mean().clamp(min=1e-12))
             places.append((len(tokens.layouts[row][0]), tokens.order[row, slots], values[-1]))
     x, y = torch.cat(xs).double().cpu().numpy(), torch.cat(values).double().cpu().numpy()
     centres, means = _binned(x, y)
@@ -242,7 +278,7 @@ def trend(vlm: VLM, pairs: Sequence[Pair], layer: int) -> dict[str, Any]:
     residual = means - mu * np.exp(sigma * centres)
     after = np.polyfit(centres, np.log(np.maximum(_binned(x, y * np.exp(-sigma * x))[1], 1e-12)), 1)[0]
     return {
-        "score": RowScore(layer).id,
+        "score": score,
         "sigma": round(float(sigma), 5),
         "sigma_loglinear": round(float(slope), 5),
         "mu": round(float(mu), 5),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -58,6 +58,17 @@ class _Named(_Strict):
         return data
 
 
+def _checked_label(what: str, label: str) -> str:
+    if not _LABEL.fullmatch(label):
+        raise ValueError(f"{what} {label!r}: use 1-64 letters, digits, blanks and _ . + = , - only.")
+    return label
+
+
+def _short(value: Any) -> str:
+    """A parameter's value in a label: a list joined by +."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 class MethodEntry(_Named):
     """One column of the table: a method by name with parameters, or a pipeline of several.
 
@@ -65,6 +76,9 @@ class MethodEntry(_Named):
     - ``params``: the method's parameters; whatever is left out keeps its default.
     - ``pipeline``: instead of ``name``: list of ``{name, params}`` applied together.
     - ``label``: how the report calls it; unique within a config; default: the name.
+    - ``sweep``: ``{parameter: [values]}``: one column per value, labelled ``label parameter=value``; several
+      parameters have lists of one length and change together.
+    - ``series``: columns of one curve (score against kept visual tokens) share this name; a sweep is one by itself.
     """
 
     _expected: ClassVar[str] = "A method is a name or a mapping with name/params/label"
@@ -73,6 +87,8 @@ class MethodEntry(_Named):
     params: dict[str, Any] = Field(default_factory=dict)
     pipeline: list[MethodEntry] | None = None
     label: str = ""
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    series: str = ""
 
     @model_validator(mode="after")
     def _one_kind(self) -> MethodEntry:
@@ -83,20 +99,52 @@ class MethodEntry(_Named):
         if self.name == BASELINE and self.params:
             raise ValueError("The baseline takes no parameters.")
         label = self.label or self.name or "+".join(entry.name or "" for entry in self.pipeline or [])
-        if not _LABEL.fullmatch(label):
-            raise ValueError(f"Label {label!r}: use 1-64 letters, digits, blanks and _ . + = , - only.")
-        object.__setattr__(self, "label", label)
+        object.__setattr__(self, "label", _checked_label("Label", label))
+        if self.series:
+            _checked_label("Series", self.series)
+        return self
+
+    @model_validator(mode="after")
+    def _one_sweep(self) -> MethodEntry:
+        if any(entry.sweep or entry.series for entry in self.pipeline or ()):
+            raise ValueError("A sweep or series is of a whole column; entries of a pipeline take neither.")
+        if self.sweep is None:
+            return self
+        if self.name is None or self.is_baseline:
+            raise ValueError("A sweep varies parameters of one method: give it a `name` other than the baseline.")
+        if both := sorted(self.sweep.keys() & self.params.keys()):
+            raise ValueError(f"{', '.join(both)}: given in `params` and in `sweep`; keep one.")
+        if len({len(values) for values in self.sweep.values()}) > 1:
+            lengths = ", ".join(f"{key}: {len(values)}" for key, values in self.sweep.items())
+            raise ValueError(f"Parameters of a sweep change together and need lists of one length, got {lengths}.")
         return self
 
     @property
     def is_baseline(self) -> bool:
         return self.name == BASELINE
 
+    def columns(self) -> list[MethodEntry]:
+        """The entry itself, or one entry per point of its sweep."""
+        if self.sweep is None:
+            return [self]
+        points = [dict(zip(self.sweep, values, strict=True)) for values in zip(*self.sweep.values(), strict=True)]
+        return [
+            MethodEntry(
+                name=self.name,
+                params=self.params | point,
+                label=f"{self.label} " + ", ".join(f"{key}={_short(value)}" for key, value in point.items()),
+                series=self.series or self.label,
+            )
+            for point in points
+        ]
+
     def plain(self) -> dict[str, Any]:
         """The entry as a config file would say it."""
+        series = {"series": self.series} if self.series else {}
         if self.pipeline is not None:
-            return {"label": self.label, "pipeline": [entry.plain() for entry in self.pipeline]}
-        return {"label": self.label, "name": self.name} | ({"params": dict(self.params)} if self.params else {})
+            return {"label": self.label, "pipeline": [entry.plain() for entry in self.pipeline]} | series
+        params = {"params": dict(self.params)} if self.params else {}
+        return {"label": self.label, "name": self.name} | params | series
 
     def spec(self) -> Any:
         """What `vlm_attn.wrap(model, method=...)` takes: None, a dict, or a list of dicts."""
@@ -198,7 +246,7 @@ class EvalConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> EvalConfig:
-        methods = list(self.methods)
+        methods = [column for entry in self.methods for column in entry.columns()]
         baseline = next((m for m in methods if m.is_baseline), MethodEntry(name=BASELINE))
         methods = [baseline, *(m for m in methods if not m.is_baseline)]
         object.__setattr__(self, "methods", tuple(methods))
