@@ -24,8 +24,9 @@ from .calibration_heads import By, gaze_layers, questions, search
 from .images import load_image
 from .profiles import Profile
 from .readouts.recorder import Recorder
+from .recipe import pipeline
 from .registry import closest
-from .stages import RowScore
+from .stages import Prune, PruneView, Site, field_names, method_dataclass
 from .tokens import TokenMap
 from .wrap import VLM
 
@@ -55,13 +56,14 @@ def calibrate(
 
     Args:
         vlm: the wrapped checkpoint; its pipeline is suspended meanwhile.
-        what: method names (``"var"``: sink dimensions; ``"fastv"``: positional trend; ``"gift"``: layer of the map;
-            ``"act"``, ``"zerotuning"``, ``"head_gate"``, ``"adhh"``: head searches, which ask every question once per
-            head; any other debiased method: the trend of its own first score); empty = the first two.
+        what: method names (``"var"``: sink dimensions; ``"fastv"`` and every other pruning method that can be
+            debiased, or a YAML file with one and its parameters: trend of its first score; ``"gift"``: layer of the
+            map; ``"act"``, ``"zerotuning"``, ``"head_gate"``, ``"adhh"``: head searches, which ask every
+            question once per head); empty = the first two.
         n: pictures to use (sinks: 32, trend: 256, gaze: 16, head searches: 96 questions by default).
         out: profile file; by default the one ``wrap`` looks for.
         images: folder of pictures; not needed for the bundled model.
-        layer: decoder layer whose attention the trend is fitted on (FastV's K - 1).
+        layer: decoder layer whose attention FastV's trend is fitted on (its K - 1).
         weak_sinks: where no sink dimension qualifies, record the strongest two and say so, instead of raising.
         by: what ``"zerotuning"`` profiles heads by: accuracy, or the entropy of the answer's distribution.
 
@@ -75,15 +77,17 @@ def calibrate(
     def heads(name: str) -> tuple[str, dict[str, Any]]:
         return name, search(vlm, name, questions(vlm, n or 96, images), by)
 
+    def ranked(name: str) -> tuple[str, dict[str, Any]]:
+        given = registry.method("fastv", layer=layer + 1) if name == "fastv" else pipeline(name)[0]
+        record = trend(vlm, _pairs(vlm, n or 256, images), given)
+        return f"trend:{record['score']}", record
+
     known: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         "var": lambda: ("sinks", sinks(vlm, _pairs(vlm, n or 32, images), weak_sinks)),
-        "fastv": lambda: (f"trend:{RowScore(layer).id}", trend(vlm, _pairs(vlm, n or 256, images), layer)),
+        **{name: functools.partial(ranked, name) for name in _trended(what)},
         "gift": lambda: ("gift", gaze_layers(vlm, _pairs(vlm, n or 16, images))),
         **{name: functools.partial(heads, name) for name in ("act", "zerotuning", "head_gate", "adhh")},
     }
-    for row in registry.methods():  # methods that rank by another score than FastV's have a trend of their own
-        if any(need.startswith("trend") for need in row.needs):
-            known.setdefault(row.name, functools.partial(_own_trend, vlm, row.name, n or 256, images))
     for name in what:
         if name not in known:
             raise ValueError(
@@ -98,6 +102,12 @@ def calibrate(
     old = Profile.load(path, session.info.signature).entries if path.is_file() else {}
     Profile(name, session.info.signature, {**old, **measured}).save(path)
     return {"profile": str(path), "entries": measured}
+
+
+def _trended(what: Sequence[str]) -> list[str]:
+    """Pruning methods whose score may have a trend, and the files among what was asked for."""
+    names = [row.name for row in registry.methods() if row.stage == "prune" and "sigma" in field_names(row.cls)]
+    return [*names, *(name for name in what if Path(name).suffix in (".yaml", ".yml"))]
 
 
 def _pairs(vlm: VLM, n: int, images: Path | None) -> list[Pair]:
@@ -214,71 +224,71 @@ def _relative(x: Tensor) -> Tensor:
     return x.abs() / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-Reading = Callable[[Pair], tuple[TokenMap, Callable[[Tensor], Tensor]]]
-"""A prompt's roles, and its scores on given slots."""
+RANKING = "ranking"
 
 
-def trend(vlm: VLM, pairs: Sequence[Pair], layer: int) -> dict[str, Any]:
-    """Positional trend of last-row attention at one layer, see `fit`."""
-    layers = vlm._live().info.layers
-    if not 0 <= layer < layers:
-        raise ValueError(f"layer={layer} does not exist; the model has layers 0..{layers - 1}")
+@method_dataclass
+class Ranking(Prune):
+    """Ranks the visual tokens as another pruning method does where it first cuts by attention, and drops none."""
 
-    def read(pair: Pair) -> tuple[TokenMap, Callable[[Tensor], Tensor]]:
-        tokens, recorder = _read(vlm, pair, [layer], text_rows=False)
-        return tokens, lambda slots: recorder.on(slots)[0, 0]
+    name = "ranking"
+    summary = "read the score of a pruning method"
 
-    return fit(vlm, pairs, RowScore(layer).id, read)
+    of: Any
 
+    def sites(self) -> tuple[Site, ...]:
+        last = self.of.scored().layer
+        return tuple(site for site in self.of.sites() if site.score is not None and site.layer <= last)
 
-def _own_trend(vlm: VLM, name: str, n: int, images: Path | None) -> tuple[str, dict[str, Any]]:
-    """Profile entry and trend of the score that a method's first stage ranks by, at the method's defaults."""
-    before = vlm._live().methods
-    session = vlm.set_method(name)._live()
-    try:
-        layer, score = next((site.layer, site.score) for site in session.sites.values() if site.score is not None)
+    def rows(self, name: str, tokens: TokenMap, embeds: Tensor) -> Tensor:
+        return self.of.rows(name, tokens, embeds)
 
-        def read(pair: Pair) -> tuple[TokenMap, Callable[[Tensor], Tensor]]:
-            with torch.no_grad():
-                vlm.model(**vlm.inputs([pair[0]], pair[1]))
-            request = session.last
-            return request.tokens_at(layer - 1), lambda slots: request.scores[score][0, slots]
-
-        return f"trend:{score.id}", fit(vlm, _pairs(vlm, n, images), score.id, read)
-    finally:
-        vlm.set_method(list(before))
+    def keep_mask(self, view: PruneView) -> Tensor:
+        view.memory[RANKING] = self.of.ranking(view)
+        return view.tokens.vis
 
 
-def fit(vlm: VLM, pairs: Sequence[Pair], score: str, read: Reading) -> dict[str, Any]:
-    """Positional trend ``mu exp(sigma x)`` of the scores that ``read`` takes off each prompt.
+def trend(vlm: VLM, pairs: Sequence[Pair], method: Any) -> dict[str, Any]:
+    """Positional trend ``mu exp(sigma x)`` of the score by which a pruning method first cuts, nothing being cut.
 
     Scores are divided by their mean per picture (unpublished choice, so that no picture dominates), averaged in 64
     bins of x over tokens that show picture, and fitted by least squares, started from the log-linear fit. The
-    self-check refits the debiased scores: ``sigma_after`` should lie within +-0.1. Where all pictures have the same
-    number of visual tokens, ``mean`` holds the average place by place (0 where no picture shows anything).
+    self-check fits the debiased scores in the same way: methods warn of a record whose ``sigma_after`` lies beyond
+    +-0.1. Where all pictures have the same number of visual tokens, ``mean`` holds the average place by place (0 where
+    no picture shows anything).
     """
+    session = vlm._live()
+    # Stand-ins, so that the method does not ask for what is measured here.
+    method = method.with_values(sigma=0.0, mean=(1.0,)).resolve(session.info, session.profile)
+    before = list(session.methods)
+    vlm.set_method(Ranking(of=method))
+    try:
+        return {"score": method.trend_id, **_fitted(vlm, pairs)}
+    finally:
+        vlm.set_method(before)
+
+
+def _fitted(vlm: VLM, pairs: Sequence[Pair]) -> dict[str, Any]:
     session = vlm._live()
     xs, values = [], []
     places: list[tuple[int, Tensor, Tensor]] = []
-    for pair in pairs:
-        tokens, on = read(pair)
-        visible = pruning.visible(tokens, session.family, vlm.processor, [[pair[0].size]])
+    for picture, text in pairs:
+        with torch.no_grad():
+            vlm.model(**vlm.inputs([picture], text))
+        tokens, scores = session.last.tokens, session.last.notes[RANKING]
+        visible = pruning.visible(tokens, session.family, vlm.processor, [[picture.size]])
         for row, all_slots, _ in selection.images(tokens):
             slots = all_slots[visible[row, all_slots]]
-            found = on(slots)
+            found = scores[row, slots]
             xs.append(selection.position(tokens, row, slots))
             values.append(found / found.mean().clamp(min=1e-12))
             places.append((len(tokens.layouts[row][0]), tokens.order[row, slots], values[-1]))
     x, y = torch.cat(xs).double().cpu().numpy(), torch.cat(values).double().cpu().numpy()
     centres, means = _binned(x, y)
-    slope, level = np.polyfit(centres, np.log(np.maximum(means, 1e-12)), 1)
-    (mu, sigma), _ = optimize.curve_fit(
-        lambda t, a, b: a * np.exp(b * t), centres, means, p0=(np.exp(level), slope), maxfev=10_000
-    )
+    mu, sigma, slope = _exponential(centres, means)
     residual = means - mu * np.exp(sigma * centres)
-    after = np.polyfit(centres, np.log(np.maximum(_binned(x, y * np.exp(-sigma * x))[1], 1e-12)), 1)[0]
+    after = _exponential(*_binned(x, y * np.exp(-sigma * x)))[1]
     return {
-        "score": score,
         "sigma": round(float(sigma), 5),
         "sigma_loglinear": round(float(slope), 5),
         "mu": round(float(mu), 5),
@@ -288,6 +298,15 @@ def fit(vlm: VLM, pairs: Sequence[Pair], score: str, read: Reading) -> dict[str,
         "pictures": len(pairs),
         **_mean_map(places),
     }
+
+
+def _exponential(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """(mu, sigma) of the least-squares fit ``y = mu exp(sigma x)``, and the exponent of the log-linear one."""
+    slope, level = np.polyfit(x, np.log(np.maximum(y, 1e-12)), 1)
+    (mu, sigma), _ = optimize.curve_fit(
+        lambda t, a, b: a * np.exp(b * t), x, y, p0=(np.exp(level), slope), maxfev=10_000
+    )
+    return float(mu), float(sigma), float(slope)
 
 
 def _mean_map(places: Sequence[tuple[int, Tensor, Tensor]]) -> dict[str, Any]:

@@ -52,9 +52,17 @@ def images(tokens: TokenMap) -> Iterator[tuple[int, Tensor, int]]:
 
 
 def position(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
-    """Normalised raster position ``x = i / (N - 1)`` in [0, 1] of the slots of one image, fp32 ``[n]``."""
-    total = len(tokens.layouts[row][int(tokens.img_id[row, slots[0]])])
-    return tokens.order[row, slots].float() / max(total - 1, 1)
+    """Normalised raster position ``x = i / (N - 1)`` in [0, 1] of the slots of one image, fp32 ``[n]``.
+
+    It starts anew in every view (whole picture, canvas of tiles, video frame); row ends and separators do not count.
+    """
+    view = tokens.layouts[row][int(tokens.img_id[row, slots[0]])].view
+    rank, last = torch.zeros(len(view)), torch.ones(len(view))
+    for number in view.unique().tolist():
+        mine = view == number
+        count = int(mine.sum())
+        rank[mine], last[mine] = torch.arange(count).float(), float(max(count - 1, 1))
+    return (rank / last).to(slots.device)[tokens.order[row, slots]]
 
 
 def select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
@@ -12,14 +13,18 @@ from vlm_attn.profiles import Profile
 from vlm_attn.selection import exp_trend, mean_map
 from vlm_attn.stages import Prune, PruneView, RowScore, Site, method_dataclass
 
-Calibrator = Literal["exp_trend", "mean_map", "pad_mask", "rope_free", "rope_ones"]
+Positional = Literal["exp_trend", "mean_map", "pad_mask"]
+Calibrator = Positional | Literal["rope_free", "rope_ones"]
+TOLERANCE = 0.1
+"""Exponent that a calibration may leave in its own debiased scores, at most (the published self-check)."""
 
 
 @method_dataclass
 class Debiased(Prune):
     """Attention debiasing of the first stage's score (arXiv 2508.17807) and its rotary variants.
 
-    ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``; sigma per checkpoint, from a profile.
+    ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``, per view (tile canvas, frame) of the
+    picture; sigma per checkpoint, from a profile.
     ``mean_map``: ``a_i / (mean_i + 1e-7)`` with the mean of the same score over calibration pictures, place by place,
     instead of a curve [unverified]; per checkpoint and picture size, from a profile.
     ``pad_mask``: tokens that show only padding (more than half of the cell) are never chosen, so an image may keep
@@ -49,7 +54,16 @@ class Debiased(Prune):
         if "exp_trend" in self.calibrate and "mean_map" in self.calibrate:
             raise ValueError(f"{self.name}: exp_trend and mean_map both take out the trend; choose one")
         if "exp_trend" in self.calibrate and self.sigma is None:
-            return self.with_values(sigma=float(self._record(profile)["sigma"]))
+            record = self._record(profile)
+            left = float(record.get("sigma_after", 0.0))
+            if abs(left) >= TOLERANCE:
+                warnings.warn(
+                    f"{self.name}: the calibration of '{self.trend_id}' failed its self-check (an exponent of "
+                    f"{left:.2f} is left, less than {TOLERANCE} should be): the trend of this score is hardly "
+                    "exponential; calibrate=['mean_map'] needs no curve",
+                    stacklevel=2,
+                )
+            return self.with_values(sigma=float(record["sigma"]))
         if "mean_map" in self.calibrate and self.mean is None:
             mean = self._record(profile).get("mean")
             if not mean:
@@ -61,22 +75,36 @@ class Debiased(Prune):
         return self
 
     def _record(self, profile: Profile) -> dict[str, Any]:
-        score = self._scored().score
-        return profile.need(f"trend:{score.id if score else ''}", self.name)
+        return profile.need(f"trend:{self.trend_id}", self.name)
 
-    def _scored(self) -> Site:
+    def scored(self) -> Site:
         """The first site that reads attention."""
         return next(site for site in self.sites() if site.score is not None)
 
-    def debiased(self, view: PruneView) -> Tensor:
-        """fp32 ``[B, N]`` scores of a site; later stages are left as they are."""
+    @property
+    def trend_id(self) -> str:
+        """Name in profiles of the score whose trend is taken out."""
+        score = self.scored().score
+        return score.id if score else ""
+
+    def ranking(self, view: PruneView) -> Tensor:
+        """fp32 ``[B, N]`` scores of a site before debiasing, asked for once per site."""
         if view.scores is None:
             raise ValueError(f"{self.name} ran without its attention score: the layer it reads was skipped")
-        if view.site == self._scored() and "exp_trend" in self.calibrate and self.sigma is not None:
-            return exp_trend(view.tokens, view.scores, self.sigma)
-        if view.site == self._scored() and "mean_map" in self.calibrate and self.mean is not None:
-            return mean_map(view.tokens, view.scores, self.mean, self.name)
         return view.scores
+
+    def debiased(self, view: PruneView) -> Tensor:
+        """fp32 ``[B, N]`` scores of a site; later stages are left as they are."""
+        scores = self.ranking(view)
+        return self.without_trend(view, scores) if view.site == self.scored() else scores
+
+    def without_trend(self, view: PruneView, scores: Tensor) -> Tensor:
+        """Scores with their trend taken out, as far as ``calibrate`` asks for it."""
+        if "exp_trend" in self.calibrate and self.sigma is not None:
+            return exp_trend(view.tokens, scores, self.sigma)
+        if "mean_map" in self.calibrate and self.mean is not None:
+            return mean_map(view.tokens, scores, self.mean, self.name)
+        return scores
 
     def shown(self, view: PruneView) -> Tensor | None:
         """Visual tokens that may be chosen, or None."""

@@ -17,6 +17,9 @@ from vlm_attn.stages import Merged, Prune, PruneView, Site, method_dataclass
 class EncoderPrune(Prune):
     """One cut before the language model; each image is decided from its own picture.
 
+    Attention debiasing (``calibrate``) is not offered here: it takes out what causal order and rotary positions do to
+    attention from text, and encoders have neither.
+
     ``positions``: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions.
     """
 
