@@ -45,6 +45,48 @@ def test_methods_with_parameters_and_pipelines() -> None:
     assert method_hash(config.methods[1].spec()) != method_hash({"name": "fastv"})
 
 
+def test_a_sweep_is_one_column_per_point() -> None:
+    entry = {
+        "label": "two stages",
+        "name": "himap",
+        "params": {"layers": [1, 2]},
+        "sweep": {"keep": [[0.5, 0.125], [0.2, 0.1]], "sigma": [0.1, 0.2]},
+    }
+    config = build_config({**MINIMAL, "methods": [{"name": "fastv", "sweep": {"keep": [0.5, 24]}}, entry]})
+    assert [m.label for m in config.methods] == [
+        "baseline",
+        "fastv keep=0.5",
+        "fastv keep=24",
+        "two stages keep=0.5+0.125, sigma=0.1",
+        "two stages keep=0.2+0.1, sigma=0.2",
+    ]
+    assert [m.series for m in config.methods] == ["", "fastv", "fastv", "two stages", "two stages"]
+    assert config.methods[2].spec() == {"name": "fastv", "keep": 24}
+    assert config.methods[4].spec() == {"name": "himap", "layers": [1, 2], "keep": [0.2, 0.1], "sigma": 0.2}
+    assert build_config(config.resolved()) == config
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "fastv", "sweep": {}}, "sweep"),
+        ({"name": "fastv", "sweep": {"keep": []}}, "sweep.keep"),
+        ({"name": "fastv", "sweep": {"keep": 0.5}}, "sweep.keep"),
+        ({"name": "fastv", "sweep": {"keep": [0.5, 0.5]}}, "occurs twice"),
+        ({"name": "fastv", "sweep": {"keep": [0.5, 0.2], "layer": [1]}}, "lists of one length, got keep: 2, layer: 1"),
+        ({"name": "fastv", "params": {"keep": 1}, "sweep": {"keep": [0.5]}}, "given in `params` and in `sweep`"),
+        ({"name": "fastv", "sweep": {"keep": ["a/b"]}}, "Label 'fastv keep=a/b'"),
+        ({"name": "baseline", "sweep": {"keep": [0.5]}}, "other than the baseline"),
+        ({"pipeline": ["fastv", "vcd"], "sweep": {"keep": [0.5]}}, "one method"),
+        ({"pipeline": [{"name": "fastv", "sweep": {"keep": [0.5]}}]}, "entries of a pipeline"),
+        ({"name": "fastv", "series": "a/b"}, "Series 'a/b'"),
+    ],
+)
+def test_mistakes_in_sweeps_are_named(entry: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config({**MINIMAL, "methods": [entry]})
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

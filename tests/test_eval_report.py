@@ -127,3 +127,92 @@ def test_the_page_says_how_to_repeat_it_and_counts_its_comparisons(result: RunRe
     text = result.report.read_text()
     assert "vlm-attn eval config.yaml --output" in text and "pip install" in text
     assert "p (Holm)" in text and "With 12 comparisons in this run" in text
+
+
+# --------------------------------------------------------------------------------- score against kept visual tokens
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """Sweeps of a stand-in whose `harm` is both the share that leaves and how often it errs."""
+    methods = [
+        {"name": "random_prune", "sweep": {"harm": [50, 80]}},
+        {"name": "fastv", "sweep": {"harm": [48, 78]}},
+        {
+            "label": "fastv debiased",
+            "name": "fastv",
+            "params": {"calibrate": ["pad_mask"]},
+            "sweep": {"harm": [48, 60]},
+        },
+        {"name": "prumerge", "params": {"harm": 10}, "series": "prumerge"},
+        "noop",
+    ]
+    config = build_config(
+        {
+            "methods": methods,
+            "benchmarks": ["scenes_pope_random", "scenes_pope_popular", "scenes_chair"],
+            "limit": 18,
+            "resamples": 100,
+            "output": str(tmp_path_factory.mktemp("swept")),
+            "quiet": True,
+        }
+    )
+    return run(config, FakeBackend())
+
+
+def test_curves_stand_at_the_measured_share(swept: RunResult) -> None:
+    columns = swept.results["curves"]
+    assert "noop" not in columns  # on no curve
+    assert {label: row["share"] for label, row in columns.items()} == pytest.approx(
+        {
+            "baseline": 1.0,
+            "random_prune harm=50": 0.5,
+            "random_prune harm=80": 0.2,
+            "fastv harm=48": 0.52,
+            "fastv harm=78": 0.22,
+            "fastv debiased harm=48": 0.52,
+            "fastv debiased harm=60": 0.4,
+            "prumerge": 0.9,
+        }
+    )
+    scores = swept.results["scores"]["fastv harm=48"]
+    means = [scores[f"scenes_pope_{split}"]["metrics"]["accuracy"] for split in ("random", "popular")]
+    assert columns["fastv harm=48"]["scores"]["accuracy"]["value"] == pytest.approx(sum(means) / 2)
+
+
+def test_curves_are_paired_with_the_nearest_control_and_the_plain_twin(swept: RunResult) -> None:
+    columns = swept.results["curves"]
+    assert {label: (row["control"], row["plain"]) for label, row in columns.items()} == {
+        "baseline": (None, None),
+        "random_prune harm=50": (None, None),
+        "random_prune harm=80": (None, None),
+        "fastv harm=48": ("random_prune harm=50", None),
+        "fastv harm=78": ("random_prune harm=80", None),
+        "fastv debiased harm=48": ("random_prune harm=50", "fastv harm=48"),
+        "fastv debiased harm=60": (None, None),  # no control within 5 points, no twin at this budget
+        "prumerge": (None, None),
+    }
+    column, control = columns["fastv harm=78"], columns["random_prune harm=80"]
+    difference = column["to_control"]["accuracy"]
+    gap = column["scores"]["accuracy"]["value"] - control["scores"]["accuracy"]["value"]
+    assert difference["value"] == pytest.approx(gap)
+    assert difference["low"] <= difference["value"] <= difference["high"]
+
+
+def test_curves_are_on_the_page(swept: RunResult, result: RunResult) -> None:
+    assert swept.report is not None and result.report is not None
+    page = swept.report.read_text()
+    assert "Score against kept visual tokens" in page and "against the control, with and without debiasing" in page
+    row = re.search(r"<tr class=''><td>fastv debiased harm=48</td><td>52.0</td><td>random_prune harm=50</td>", page)
+    assert row, "the table names column, measured share and control"
+    assert "against kept visual tokens" not in result.report.read_text()
+
+
+def test_very_many_columns_leave_curves_to_their_own_plot(swept: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm_attn.evaluation import plots
+
+    labels = list(swept.results["results"])
+    assert plots.single(swept.results, labels) == labels
+    monkeypatch.setattr(plots, "MANY", 3)
+    assert plots.single(swept.results, labels) == ["baseline", "noop"]
+    assert plots.all_plots(swept.results)[-1][0] == "Score against kept visual tokens"

@@ -75,7 +75,9 @@ def test_missing_data_is_named_with_its_cure(name: str) -> None:
         vlm_attn.method(name).resolve(info, Profile("somebody/model", {}))
 
 
-ENTRY = {"var": "sinks", **{name: name for name in ("gift", "adhh", "head_gate", "zerotuning")}}
+ENTRY = {"var": "sinks", **{name: name for name in ("gift", "adhh", "head_gate", "zerotuning")},
+         "himap": "trend:text_row@0-sum", "sparsevlm": "trend:raters_row@0",
+         "pyramiddrop": "trend:last_row@2"}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "entry"), ENTRY.items(), ids=ENTRY)
@@ -89,5 +91,5 @@ def test_calibrate_measures_what_is_missing(
         calibrate(vlm, [name], n=6, out=tmp_path / "p.json", weak_sinks=True, by="entropy")
         profile = Profile.load(tmp_path / "p.json", info.signature)
     assert set(profile.entries) == {entry}
-    bare = vlm_attn.method(name)
+    bare = vlm_attn.method(name, **({"calibrate": ["exp_trend"]} if entry.startswith("trend") else {}))
     assert bare.resolve(info, profile).to_dict() != bare.to_dict()

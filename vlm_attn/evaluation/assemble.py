@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_attn.evaluation.config import EvalConfig, method_hash
+from vlm_attn.evaluation.curves import curves
 from vlm_attn.evaluation.recorder import RunRecorder
 from vlm_attn.evaluation.summary import compare, kept_tokens, latency, pope_averages, rater_for
 
@@ -49,6 +50,8 @@ def assemble(
             if label != baseline:
                 before = recorder.samples(method_hash(described[baseline]), task)
                 paired.setdefault(label, {})[task] = {"baseline": baseline, **compare(rater, before, rows, **options)}
+    points = curves(config, described, lambda label, task: recorder.samples(method_hash(described[label]), task),
+                    list(harness))  # fmt: skip
     first = next(iter(harness.values()), {})
     return {
         "results": {label: result["results"] for label, result in harness.items()},
@@ -64,6 +67,7 @@ def assemble(
         "scores": scores,
         "pope_averages": {label: means for label, tasks in scores.items() if (means := pope_averages(tasks))},
         "paired": paired,
+        "curves": points,
         "kept_tokens": kept,
         "latency": times,
         "failed": dict(failed),

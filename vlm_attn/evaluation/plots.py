@@ -1,15 +1,17 @@
-"""Plots of a result file as inline SVG: score against latency, bars per split, differences, CHAIR with length."""
+"""Plots of a result file as inline SVG: score against latency, bars per split, differences, CHAIR with length, score
+against kept visual tokens."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vlm_attn.evaluation.summary import LOWER_IS_BETTER
 
@@ -29,7 +31,9 @@ PALETTE = (
     "#4c63b6",
     "#5f6c37",
 )
-CONTROLS = frozenset({"noop", "random_prune", "uniform_prune", "placebo"})
+CONTROLS = frozenset({"noop", "random_prune", "uniform_prune", "norm_prune", "placebo"})
+MANY = 40
+"""With more columns than this, those of curves are left to their own plot and table."""
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": SOFT, "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": SOFT, "ytick.color": SOFT, "axes.spines.top": False, "axes.spines.right": False,
@@ -37,6 +41,12 @@ STYLE = {
     "svg.fonttype": "path", "axes.grid": True, "grid.color": GRID, "axes.axisbelow": True,
 }  # fmt: skip
 TITLES = {"pope": "POPE", "chair": "CHAIR", "mme": "MME", "amber": "AMBER", "coco": "COCO", "gqa": "GQA"}
+
+
+def single(results: Mapping[str, Any], labels: Iterable[str]) -> list[str]:
+    """The columns that are shown one by one: all of them, or with very many those that are on no curve."""
+    curves = results.get("curves", {}) if len(results["results"]) > MANY else {}
+    return [label for label in labels if not curves.get(label, {}).get("series")]
 
 
 def is_control(results: Mapping[str, Any], label: str) -> bool:
@@ -48,15 +58,17 @@ def is_control(results: Mapping[str, Any], label: str) -> bool:
 
 def colours(results: Mapping[str, Any]) -> dict[str, str]:
     """A colour per method: ink for the baseline, grey for controls, one hue each for the rest."""
-    out, hue = {}, 0
+    out: dict[str, str] = {}
+    hues: dict[str, str] = {}
+    curves = results.get("curves", {})
     for label in results["results"]:
         if label == results["baseline"]:
             out[label] = BASE
         elif is_control(results, label):
             out[label] = CONTROL
-        else:
-            out[label] = PALETTE[hue % len(PALETTE)]
-            hue += 1
+        else:  # one hue for all columns of one method on curves
+            method = curves[label]["method"] if label in curves else label
+            out[label] = hues.setdefault(method, PALETTE[len(hues) % len(PALETTE)])
     return out
 
 
@@ -86,7 +98,7 @@ def percent(name: str) -> float:
 
 def all_plots(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """``(title, caption, svg)`` of every plot that the results can fill."""
-    makers = (against_latency, splits, differences, captions)
+    makers = (against_latency, splits, differences, captions, against_kept)
     with matplotlib.rc_context(STYLE):
         return [(title, caption, to_svg(figure)) for maker in makers for title, caption, figure in maker(results)]
 
@@ -114,7 +126,8 @@ def against_latency(results: Mapping[str, Any]) -> list[Plot]:
     for axes, (kind, metric) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         names = tasks_of(results, kind)
         seen = []
-        for label, scores in results["scores"].items():
+        for label in single(results, results["scores"]):
+            scores = results["scores"][label]
             times = [results["latency"][label].get(task, {}).get("total_s") for task in names]
             if not all(task in scores for task in names) or not all(times):
                 continue
@@ -162,7 +175,7 @@ def splits(results: Mapping[str, Any]) -> list[Plot]:
         names = tasks_of(results, kind)
         if not names:
             continue
-        labels = list(results["scores"])
+        labels = single(results, results["scores"])
         figure = Figure(figsize=(3.4 * max(len(names), 2), 0.9 + 0.27 * len(labels)), layout="constrained")
         grid = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
         for axes, task in zip(grid, names, strict=True):
@@ -199,7 +212,7 @@ def differences(results: Mapping[str, Any]) -> list[Plot]:
     """Paired difference to the baseline with its interval, one panel per benchmark."""
     wanted = [(task, metric) for kind, metric in (("pope", "accuracy"), ("chair", "chair_i"), ("mme", "acc"))
               for task in tasks_of(results, kind)]  # fmt: skip
-    labels = list(results["paired"])
+    labels = single(results, results["paired"])
     if not wanted or not labels:
         return []
     figure = Figure(figsize=(2.5 * max(len(wanted), 2), 0.9 + 0.25 * len(labels)), layout="constrained")
@@ -233,7 +246,7 @@ def captions(results: Mapping[str, Any]) -> list[Plot]:
     names = tasks_of(results, "chair")
     if not names:
         return []
-    labels = list(results["scores"])
+    labels = single(results, results["scores"])
     shown = (("chair_i", "CHAIRi, % (lower is better)"), ("chair_s", "CHAIRs, % (lower is better)"),
              ("recall", "recall, %"), ("len_words", "words per caption"))  # fmt: skip
     figure = Figure(figsize=(11.2, 0.9 + 0.27 * len(labels)), layout="constrained")
@@ -242,3 +255,118 @@ def captions(results: Mapping[str, Any]) -> list[Plot]:
         axes.set(xlabel=name)
     return [("CHAIR with recall and length", "A caption that says less hallucinates less: read the four together. "
              "The axes do not start at zero.", figure)]  # fmt: skip
+
+
+CURVE_NAMES = {"accuracy": "POPE accuracy, %", "chair_i": "CHAIRi, %", "recall": "CHAIR recall, %"}
+
+
+def against_kept(results: Mapping[str, Any]) -> list[Plot]:
+    """Score against the kept share of visual tokens: a strip of panels per method, in two columns of strips.
+
+    Grey: the random control that pairs with most of the method's columns. Debiased columns are dashed.
+    """
+    columns = {label: row for label, row in results.get("curves", {}).items() if row["share"] is not None}
+    base = columns.get(results["baseline"])
+    names = list(dict.fromkeys(row["method"] for row in columns.values() if row["series"]))
+    names = [name for name in names if name != "random_prune"] or names
+    if base is None or not names:
+        return []
+    metrics = list(base["scores"])
+    strips = min(2, len(names))
+    depth = -(-len(names) // strips)
+    figure = Figure(figsize=(6.4 * strips, 0.7 + 1.55 * depth), layout="constrained")
+    grid = figure.subplots(depth, strips * len(metrics), squeeze=False, sharex=True)
+    limits = {metric: _limits(columns.values(), metric) for metric in metrics}
+    for place, name in enumerate(names):
+        row, strip = place % depth, place // depth
+        lines = _lines(columns, name)
+        for axes, metric in zip(grid[row, strip * len(metrics) :], metrics, strict=False):
+            _panel(axes, metric, base["scores"][metric], lines)
+            axes.set(ylim=limits[metric], xlim=(-0.02, 1.04))
+            axes.set_xticks((0, 0.5, 1), ("0", "50", "100"))
+            axes.tick_params(labelsize=7, length=2)
+            if row == 0:
+                axes.annotate(CURVE_NAMES[metric], (0, 1), (0, 17), "axes fraction", "offset points", fontsize=8,
+                              color=SOFT)  # fmt: skip
+            if row == depth - 1 or place == len(names) - 1:
+                axes.set_xlabel("kept, % of visual tokens", fontsize=7)
+                axes.tick_params(labelbottom=True)
+        first = grid[row, strip * len(metrics)]
+        first.set_title(name, fontsize=9)
+        if len(own := lines[lines[0][2]["marker"] == "" :]) > 1:
+            beside = grid[row, strip * len(metrics) + len(metrics) - 1]
+            legend = beside.legend(
+                *_legend(own),
+                fontsize=7,
+                frameon=False,
+                loc="lower right",
+                ncols=len(own),
+                bbox_to_anchor=(1.02, 0.96),
+                handlelength=2.2,
+                columnspacing=1.2,
+                borderpad=0,
+            )
+            legend.set_in_layout(False)
+    for axes in grid.flat:
+        if not axes.has_data():
+            axes.set_visible(False)
+    return [("Score against kept visual tokens", "Kept: visual tokens of an average decoder layer, as measured. "
+             "Solid: the method; dashed, hollow: the same with attention debiasing; dotted: its other versions. Grey: "
+             "the random control at the same site. Black: the baseline. Whiskers and bands: 95 % intervals (POPE: all "
+             "splits together). CHAIRi: lower is better, read it with recall.", figure)]  # fmt: skip
+
+
+Line = tuple[str, list[Mapping[str, Any]], dict[str, Any]]
+
+
+def _lines(columns: Mapping[str, Mapping[str, Any]], method: str) -> list[Line]:
+    """``(name, points by kept share, look)`` of the control and of every series of a method."""
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for row in columns.values():
+        if row["series"]:
+            series.setdefault(row["series"], []).append(row)
+    own = {name: points for name, points in series.items() if points[0]["method"] == method}
+    paired = [columns[row["control"]]["series"] for points in own.values() for row in points if row["control"]]
+    out: list[Line] = []
+    if paired:
+        control = max(dict.fromkeys(paired), key=paired.count)
+        out.append((control, series[control], {"color": CONTROL, "marker": "", "linewidth": 1.2}))
+    hue = INK if method in CONTROLS else PALETTE[0]
+    others = iter(PALETTE[1:])
+    for number, (name, points) in enumerate(own.items()):
+        look: dict[str, Any] = {"color": hue, "marker": "o", "linestyle": "-"}
+        if points[0]["debiased"]:
+            look |= {"linestyle": "--", "markerfacecolor": "white"}
+        elif number:
+            look |= {"color": next(others), "marker": "s", "linestyle": ":"}
+        out.append((name, points, look))
+    return [(name, sorted(points, key=lambda row: row["share"]), look) for name, points, look in out]
+
+
+def _legend(lines: Sequence[Line]) -> tuple[list[Line2D], list[str]]:
+    """Handles without whiskers, and names."""
+    return [Line2D([], [], markersize=3.4, linewidth=1.2, **look) for *_, look in lines], [name for name, *_ in lines]
+
+
+def _panel(axes: Axes, metric: str, base: Mapping[str, float], lines: Sequence[Line]) -> None:
+    """One metric of one method: baseline, control, curves."""
+    axes.axhspan(100 * base["low"], 100 * base["high"], color=BASE, alpha=0.06, linewidth=0)
+    axes.axhline(100 * base["value"], color=BASE, linewidth=0.8)
+    for name, points, look in lines:
+        x = [row["share"] for row in points]
+        value, low, high = (
+            np.array([100 * row["scores"][metric][key] for row in points]) for key in ("value", "low", "high")
+        )
+        if not look["marker"]:
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.22, linewidth=0)
+            axes.plot(x, value, label=name, **look)
+            continue
+        spread = (np.maximum(value - low, 0), np.maximum(high - value, 0))
+        axes.errorbar(x, value, yerr=spread, label=name, markersize=3.4, linewidth=1.2, elinewidth=0.8, **look)
+
+
+def _limits(rows: Iterable[Mapping[str, Any]], metric: str) -> tuple[float, float]:
+    """The same axis for all methods: from the lowest to the highest end of an interval."""
+    ends = [100 * row["scores"][metric][end] for row in rows for end in ("low", "high")]
+    pad = 0.04 * (max(ends) - min(ends) or 1)
+    return min(ends) - pad, max(ends) + pad

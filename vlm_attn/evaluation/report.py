@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation import tables
+from vlm_attn.evaluation.curves import NEAR
 from vlm_attn.evaluation.local_docs import Pictures
-from vlm_attn.evaluation.plots import all_plots, colours, is_control, short
+from vlm_attn.evaluation.plots import CURVE_NAMES, all_plots, colours, is_control, short, single
 from vlm_attn.evaluation.recorder import RunRecorder
 from vlm_attn.evaluation.store import write_text
 from vlm_attn.evaluation.summary import Rater, flips, rater_for
@@ -62,7 +63,7 @@ def build_report(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     plots = [_plot(*plot) for plot in all_plots(results)]
     parts = [_head(results), *plots[:1]]
     parts += [f"<section><h2>{escape(short(task))}</h2>{table}</section>" for task, table in _tables(results)]
-    parts += [*plots[1:], _flips(results, recorder), _parsers(results), _settings(results)]
+    parts += [*plots[1:], _curves(results), _flips(results, recorder), _parsers(results), _settings(results)]
     return page(f"vlm-attn: {results['model']}", "".join(parts))
 
 
@@ -147,25 +148,59 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _compared(pair: Mapping[str, Any] | None, metric: str) -> list[str]:
     if pair is None:
         return ["", ""]
-    difference = pair["difference"][metric]
-    sign = "+" if difference["value"] >= 0 else "−"
-    low, high = (tables.shown(metric, difference[end]) for end in ("low", "high"))
-    text = f"{sign}{tables.shown(metric, abs(difference['value']))} <small>[{low}, {high}]</small>"
-    colour = {"better": "good", "worse": "bad"}.get(tables.verdict(pair, metric))
-    if colour:
-        text = f"<span class='{colour}'>{text}</span>"
-    return [text, _small(tables.p_value(pair))]
+    return [_signed(pair, metric), _small(tables.p_value(pair))]
 
 
 def _small(p: float) -> str:
     return "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _curves(results: Mapping[str, Any]) -> str:
+    """The numbers behind the curves, each column against the random control and against itself without debiasing."""
+    columns = results.get("curves", {})
+    if not columns:
+        return ""
+    metrics = list(columns[results["baseline"]]["scores"])
+    heads = ["column", "kept, %", "control"]
+    for metric in metrics:
+        heads += [CURVE_NAMES[metric], "Δ to control [95 %]", "Δ of debiasing [95 %]"]
+    lines = []
+    for label, row in columns.items():
+        cells = [escape(label), "–" if row["share"] is None else f"{100 * row['share']:.1f}"]
+        cells.append(escape(row["control"] or ""))
+        for metric in metrics:
+            score = row["scores"][metric]
+            cells.append(f"{100 * score['value']:.1f} <small>±{tables.half_width(metric, score)}</small>")
+            cells += [
+                _signed({"difference": row[key]}, metric) if row[key] else "" for key in ("to_control", "to_plain")
+            ]
+        kind = "base" if label == results["baseline"] else "control" if is_control(results, label) else ""
+        lines.append(f"<tr class='{kind}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return (
+        "<section><h2>Kept visual tokens: against the control, with and without debiasing</h2>"
+        "<p class='note'>Points of percent, paired on the same questions, 95 % interval from resampling pictures; "
+        "coloured where it leaves out 0, not corrected for the number of comparisons. Control: the column of "
+        f"random_prune whose kept share is nearest, none if it is more than {100 * NEAR:.0f} points away.</p>"
+        f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div></section>"
+    )
+
+
+def _signed(pair: Mapping[str, Any], metric: str) -> str:
+    """The difference in one metric with its interval, coloured where it is no matter of chance."""
+    difference = pair["difference"][metric]
+    sign = "+" if difference["value"] >= 0 else "−"
+    low, high = (tables.shown(metric, difference[end]) for end in ("low", "high"))
+    text = f"{sign}{tables.shown(metric, abs(difference['value']))} <small>[{low}, {high}]</small>"
+    colour = {"better": "good", "worse": "bad"}.get(tables.verdict(pair, metric))
+    return f"<span class='{colour}'>{text}</span>" if colour else text
+
+
 def _flips(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     """Samples that were right under the baseline and are wrong under a method, with their pictures."""
     blocks = []
     baseline = results["method"][results["baseline"]]["hash"]
-    for label in results["paired"]:
+    for label in single(results, results["paired"]):
         cards = []
         for benchmark in results["config"]["benchmarks"]:
             rater = rater_for(benchmark["name"], results["config"]["parser"], benchmark.get("data"))
