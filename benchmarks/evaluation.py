@@ -1,13 +1,14 @@
 """What evaluation costs beside the model: scoring times, and the share of a run that is not spent in the model.
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py scoring --data FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/evaluation.py overhead --config eval_configs/quickstart.yaml
     OMP_NUM_THREADS=1 python benchmarks/evaluation.py overhead --limit 30
 
 ``scoring`` makes 100,000 POPE answers and 5,000 captions up and scores them through `score_file`, files read included
-(CHAIR needs the published word and object files in FOLDER/chair). ``overhead`` runs two methods on the scenes
-benchmarks, small and large, and splits the CPU time of each into the time inside ``VLM.ask`` and the rest; the
-difference of the two runs is what a further sample costs. Loading the model and importing libraries are given apart.
-One JSON document on standard output.
+(CHAIR needs the published word and object files in FOLDER/chair). ``overhead --config`` runs a config and splits its
+CPU time into the time inside ``VLM.ask`` and the rest (harness, files, scores, report). Without a config it runs two
+methods on the scenes benchmarks, small and large: the difference of the two runs is what a further sample costs.
+Loading the model and importing libraries are given apart. One JSON document on standard output.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,51 +58,75 @@ def scoring(data: Path, folder: Path, rounds: int) -> dict[str, Any]:
     return {name: [timed(work)[1] for _ in range(rounds)] for name, work in works.items()}
 
 
-def overhead(limit: int, folder: Path) -> dict[str, Any]:
+class Watch:
+    """Runs configs and splits their CPU time into loading the model, answering, the report, and the rest."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+
+    def _count(self, part: str, work: Callable[[], Any]) -> Any:
+        result, times = timed(work)
+        self.spent[part] = self.spent.get(part, 0.0) + times["cpu_s"]
+        self.spent[f"{part}_calls"] = self.spent.get(f"{part}_calls", 0) + 1
+        return result
+
+    def run(self, config: Any) -> dict[str, float]:
+        """Samples, and CPU seconds inside the model and around it; ``rest_share`` leaves loading out."""
+        from vlm_attn.evaluation import report
+        from vlm_attn.evaluation.runner import VlmBackend, run
+
+        watch, write = self, report.write_report
+
+        class Watched(VlmBackend):
+            def load(self, config: Any) -> Any:
+                vlm = watch._count("load", lambda: super(Watched, self).load(config))
+                ask = vlm.ask
+                vlm.ask = lambda *args, **kwargs: watch._count("model", lambda: ask(*args, **kwargs))
+                return vlm
+
+        self.spent = {}
+        report.write_report = lambda *args: self._count("report", lambda: write(*args))
+        try:
+            _, whole = timed(lambda: run(config, Watched()))
+        finally:
+            report.write_report = write
+        load, model = self.spent["load"], self.spent["model"]
+        rest = whole["cpu_s"] - load - model
+        return {
+            "asked": self.spent["model_calls"], "load_cpu_s": load, "model_cpu_s": model, "rest_cpu_s": rest,
+            "rest_share": rest / (rest + model), "report_cpu_s": self.spent.get("report", 0.0),
+            "wall_s": whole["wall_s"],
+        }  # fmt: skip
+
+
+def overhead(limit: int, path: Path | None, folder: Path) -> dict[str, Any]:
     """Share of a run's CPU time that is not the model's."""
-    _, imports = timed(lambda: __import__("vlm_attn.evaluation.lmms") and __import__("lmms_eval.evaluator"))
-    from vlm_attn.evaluation.config import build_config
-    from vlm_attn.evaluation.runner import VlmBackend, run
+    modules = ("vlm_attn.evaluation.lmms", "vlm_attn.evaluation.report", "lmms_eval.evaluator")
+    _, imports = timed(lambda: list(map(import_module, modules)))
+    from vlm_attn.evaluation.config import build_config, load_config
 
-    spent = {"wall_s": 0.0, "cpu_s": 0.0, "asked": 0.0}
-    loaded: dict[str, float] = {}
-
-    class Watched(VlmBackend):
-        def load(self, config: Any) -> Any:
-            vlm, times = timed(lambda: super(Watched, self).load(config))
-            loaded.update(times)
-            ask = vlm.ask
-
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                answer, times = timed(lambda: ask(*args, **kwargs))
-                for key, value in times.items():
-                    spent[key] += value
-                spent["asked"] += 1
-                return answer
-
-            vlm.ask = watched
-            return vlm
+    watch = Watch()
 
     def once(name: str, n: int) -> dict[str, float]:
-        """Samples, and CPU seconds inside the model and around it (loading apart)."""
-        spent.update(dict.fromkeys(spent, 0.0))
         settings = {
             "methods": ["fastv"], "limit": n, "dtype": "float32", "device": "cpu", "threads": 1, "quiet": True,
             "benchmarks": ["scenes_pope_random", "scenes_chair", "scenes_mme"], "output": str(folder / name),
             "warmup": 0,
         }  # fmt: skip
-        _, whole = timed(lambda: run(build_config(settings), Watched()))
-        rest = whole["cpu_s"] - loaded["cpu_s"] - spent["cpu_s"]
-        return {"samples": spent["asked"], "model_cpu_s": spent["cpu_s"], "rest_cpu_s": rest,
-                "rest_share": rest / (rest + spent["cpu_s"]), "wall_s": whole["wall_s"]}  # fmt: skip
+        return watch.run(build_config(settings))
 
+    if path is not None:
+        return {
+            "imports": imports,
+            "run": watch.run(load_config(path, {"output": str(folder / "run"), "quiet": True})),
+        }
     once("warm", 2)
     small, large = once("small", limit // 5), once("large", limit)
-    more = {key: large[key] - small[key] for key in ("samples", "model_cpu_s", "rest_cpu_s")}
+    more = {key: large[key] - small[key] for key in ("asked", "model_cpu_s", "rest_cpu_s")}
     return {
-        "imports": imports, "load": loaded, "small": small, "large": large,
-        "per_sample": {"model_ms": 1000 * more["model_cpu_s"] / more["samples"],
-                       "rest_ms": 1000 * more["rest_cpu_s"] / more["samples"],
+        "imports": imports, "small": small, "large": large,
+        "per_sample": {"model_ms": 1000 * more["model_cpu_s"] / more["asked"],
+                       "rest_ms": 1000 * more["rest_cpu_s"] / more["asked"],
                        "rest_share": more["rest_cpu_s"] / (more["rest_cpu_s"] + more["model_cpu_s"])},
     }  # fmt: skip
 
@@ -110,11 +136,14 @@ def main() -> None:
     parser.add_argument("what", choices=["scoring", "overhead"])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--limit", type=int, default=30)
+    parser.add_argument("--config", type=Path, help="overhead of this evaluation config, run once")
+    parser.add_argument("--output", type=Path, help="keep the run folders here")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = (scoring(given.data, Path(folder), given.rounds) if given.what == "scoring"
-                  else overhead(given.limit, Path(folder)))  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.output or Path(temporary)
+        result = (scoring(given.data, folder, given.rounds) if given.what == "scoring"
+                  else overhead(given.limit, given.config, folder))  # fmt: skip
     print(json.dumps(result, indent=2))
 
 

@@ -82,6 +82,19 @@ def test_amber_file_whole_part_and_cut(tmp_path: Path) -> None:
 
 
 @needs("amber")
+def test_amber_rows_may_name_their_picture(tmp_path: Path) -> None:
+    """Several yes/no questions share a picture, so its number is not the question's."""
+    types = {a["id"]: a["type"] for a in rows_of(DATA / "amber" / "annotations.jsonl")}
+    rows = [
+        {**q, "response": "No"} for q in rows_of(DATA / "amber" / "query_all.jsonl") if types[q["id"]] == "relation"
+    ]
+    path = tmp_path / "a.jsonl"
+    assert score_file("amber", write_lines(path, rows), DATA).metrics["recall"] == 1
+    with pytest.raises(ValueError, match="line 2 is about image 'AMBER_9999.jpg'"):
+        score_file("amber", write_lines(path, [rows[0], {**rows[1], "image": "AMBER_9999.jpg"}, *rows[2:]]), DATA)
+
+
+@needs("amber")
 def test_amber_answers_are_normalised_unless_exact(tmp_path: Path) -> None:
     relations = [a for a in rows_of(DATA / "amber" / "annotations.jsonl") if a["type"] == "relation"]
     path = write_lines(tmp_path / "a.jsonl", [{"id": a["id"], "response": "no, it is not"} for a in relations])

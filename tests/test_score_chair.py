@@ -36,6 +36,7 @@ def captions() -> list[str]:
     common = (
         "the", "a", "an", "is", "are", "of", "in", "on", "with", "and", "two", "near", "while", "there", "it", "image",
         "man's", "isn't", "U.S.", "1,000", "(left)", '"red"',
+        "“sky”", "it’s", "'red'", "dog/cat", "t-shirt", "**red**", "1.", "5%", "\u200bx", "the\u00a0end", "a—b",
     )  # fmt: skip
     out = []
     for _ in range(60):
@@ -89,6 +90,7 @@ def test_the_synonym_table_holds_its_quirks() -> None:
     assert len(nodes) == 403
     assert len(set(nodes.values())) == 80
     assert {form for form in nodes if form.startswith(" ")} == {" motor bike", " cheesecake"}
+    assert nodes["chesterfield"] == "couch"  # its line ends with a blank
 
 
 def test_tags_equal_those_of_nltk(language: Language, captions: list[str]) -> None:

@@ -57,6 +57,9 @@ def layouts() -> dict[str, str]:
     return out | {
         "array": json.dumps(official),
         "indented array": json.dumps(official, indent=2),
+        "wrapped in a document with an id": json.dumps({"model_id": "m", "output": official}),
+        "wrapped, first line holds a field": '{"results": [\n' + ",\n".join(map(json.dumps, official)) + "\n]}",
+        "indented, opened late": '{"model": "m",\n "results": ' + json.dumps(official, indent=2) + "}",
         "wrapped": json.dumps({"model": "m", "results": official}),
         "map": json.dumps({str(q["question_id"]): a for q, a in shuffled}),
         "indented map": json.dumps({str(q["question_id"]): a for q, a in shuffled}, indent=1),

@@ -24,7 +24,7 @@ from typing import Any
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.parsers import NO, UNKNOWN, YES, parse_answer
 from vlm_attn.evaluation.rates import ratio, retrieval
-from vlm_attn.evaluation.scorers.data import language_of, read_json, require_file
+from vlm_attn.evaluation.scorers.data import find_file, language_of, read_json, require_file
 from vlm_attn.evaluation.scorers.files import Answer, file_hash, json_lines, read_answers
 from vlm_attn.evaluation.scorers.pairing import ID_FIELDS, Question, pair
 from vlm_attn.evaluation.scorers.report import Report
@@ -170,7 +170,7 @@ def score(
         raise ValueError(unknown_name("AMBER parser", parser, READINGS))
     annotations = require_file(data, "amber", "annotations.jsonl")
     rows = read_answers(answers, text_key=text_key)
-    pairs = _paired(annotations, rows, partial)
+    pairs = _paired(annotations, data, rows, partial)
     told = [(q, a) for q, a in pairs if q.row["type"] == GENERATIVE]
     asked = [(q, a) for q, a in pairs if q.row["type"] != GENERATIVE]
     groups: dict[str, dict[str, Any]] = {}
@@ -202,9 +202,11 @@ def score(
     )
 
 
-def _paired(annotations: Path, rows: Sequence[Answer], partial: bool) -> list[tuple[Question, Answer]]:
+def _paired(annotations: Path, data: Path, rows: Sequence[Answer], partial: bool) -> list[tuple[Question, Answer]]:
     """Responses with their annotations; every type that occurs must be complete."""
-    listed = [Question(str(row["id"]), f"AMBER_{row['id']}", "", row) for row in json_lines(annotations)]
+    queries = find_file(data, "amber", ["query_all.jsonl"])  # several yes/no questions share a picture
+    images = {} if queries is None else {row["id"]: row["image"] for row in json_lines(queries)}
+    listed = [Question(str(row["id"]), images.get(row["id"], ""), "", row) for row in json_lines(annotations)]
     types = {question.id: question.row["type"] for question in listed}
     ids = [row.get(*ID_FIELDS) for row in rows]
     if None in ids:

@@ -60,7 +60,7 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path.name} is empty: it holds no answers.")
-    if text.lstrip()[0] == "[" or (len(lines) > 1 and lines[0][1].strip() == "{"):
+    if text.lstrip()[0] == "[" or (len(lines) > 1 and _opens_a_document(lines[0][1])):
         return _listed(_parsed(text, path.name), path.name)
     rows = _lines(lines, path.name)
     if len(rows) == 1 and isinstance(rows[0][1], dict) and not _is_answer_row(rows[0][1]):
@@ -69,6 +69,11 @@ def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"{place} holds {_kind(row)}, expected a JSON object with the answer.")
     return rows
+
+
+def _opens_a_document(line: str) -> bool:
+    """Whether an object begins here that goes on below: ``{`` or ``{"results": [``."""
+    return line.lstrip().startswith("{") and line.rstrip()[-1] in "{[,"
 
 
 def _lines(lines: Sequence[tuple[int, str]], name: str) -> list[tuple[str, Any]]:
@@ -95,7 +100,7 @@ def _parsed(text: str, place: str, last: bool = False) -> Any:
 def _listed(data: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
     """Rows of a whole JSON document."""
     if isinstance(data, dict):
-        lists = [value for value in data.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [value for value in data.values() if _holds_rows(value)]
         if len(lists) == 1:
             data = lists[0]
         elif data and not any(isinstance(value, dict | list) for value in data.values()):
@@ -113,7 +118,14 @@ def _listed(data: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _is_answer_row(row: Row) -> bool:
+    """Whether the one object of a file is a row, and not a map of ids to texts or a document around the rows."""
+    if any(_holds_rows(value) for value in row.values()):
+        return any(isinstance(row.get(key), str) for key in TEXT_KEYS)
     return any(key in row for key in TEXT_KEYS) or any("id" in key for key in row)
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def read_answers(

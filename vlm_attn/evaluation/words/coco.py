@@ -39,11 +39,12 @@ DOUBLE_WORDS: dict[str, str] = {
 def read_synonyms(path: Path) -> dict[str, str]:
     """Surface form -> node word, the first entry of its line.
 
-    Entries are split at ", " and not stripped: two begin with a space and never match, as in all published figures.
+    As in all published figures, lines are stripped (one ends with a blank) and the entries between ", " are not: two
+    begin with a space and never match.
     """
     nodes: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        forms = line.split(", ")
+        forms = line.strip().split(", ")
         for form in forms:
             nodes.setdefault(form, forms[0])
     nodes.pop("", None)
