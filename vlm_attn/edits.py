@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention import columns, fused, soft
 from .attention.call import Call, RowMap, Run
+from .attention.labelled import SPARE
 from .attention.plans import FUSED_ROWS, Gated, Labelled, Remembered, edit_decode, edit_rows, edit_weights
 from .draft import Drafted
 from .errors import UnsupportedError
@@ -29,9 +30,6 @@ from .stages import (
     SegmentEdit,
     SoftMask,
 )
-
-# Biases and maps are made this much longer than the keys at hand, so that most new tokens find them long enough.
-SPARE = 64
 
 
 class Edits:

@@ -171,7 +171,7 @@ class RowEdit(Edit):
         """bool ``[B, N]``: the prompt rows that :meth:`read` needs."""
         raise TypeError(f"{type(self).__name__} does not implement read_rows()")
 
-    def read(self, view: EditView, weights: Tensor, rows: Tensor) -> Tensor:
+    def read(self, view: EditView, weights: Tensor, rows: Tensor) -> Any:
         """What the edit must remember of the prompt, ``[B, ...]``.
 
         Args:

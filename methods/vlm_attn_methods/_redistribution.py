@@ -9,9 +9,7 @@ OTHER, RECEIVER, VISUAL_DONOR, TEXT_DONOR = 0, 1, 2, 3
 SEGMENTS = 4
 
 
-def redistribute(
-    masses: Tensor, counts: Tensor, keep: float, visual_mass_min: float, rho_nonsink: float, need_visual: bool
-) -> Tensor:
+def redistribute(masses: Tensor, keep: float, visual_mass_min: float, rho_nonsink: float) -> Tensor:
     """Factors that keep a share ``keep`` of the donors' mass and give the rest to the receivers in proportion.
 
     With ``M_V = M_R + M_D`` (receivers, visual donors) a (head, row) pair is edited iff ``M_V >= visual_mass_min`` and
@@ -20,17 +18,16 @@ def redistribute(
 
     Args:
         masses: fp32 ``[B, H, R, 4]`` of other keys, receivers, visual donors, text donors.
-        counts: ``[B, 4]`` keys per segment.
 
     Returns:
         fp32 ``[B, H, R, 4]`` factors.
     """
-    receivers, visual, text = masses[..., RECEIVER], masses[..., VISUAL_DONOR], masses[..., TEXT_DONOR]
+    # Runs once per layer and token: few operators, each on a few numbers.
+    tiny = torch.finfo(torch.float32).tiny
+    _, receivers, visual, text = masses.unbind(-1)
     total = receivers + visual
-    gate = (total >= visual_mass_min) & (receivers >= rho_nonsink * total) & (receivers > 0)
-    if need_visual:
-        gate = gate & (counts[:, VISUAL_DONOR] > 0)[:, None, None]
-    gain = 1 + (1 - keep) * (visual + text) / receivers.clamp(min=torch.finfo(torch.float32).tiny)
-    one = torch.ones_like(gain)
-    kept = torch.full_like(gain, keep)
-    return torch.where(gate[..., None], torch.stack([one, gain, kept, kept], dim=-1), 1.0)
+    gate = (receivers >= (rho_nonsink * total).clamp(min=tiny)) & (total >= visual_mass_min)
+    one = torch.ones_like(total)
+    gain = torch.addcdiv(one, visual + text, receivers.clamp(min=tiny), value=1 - keep)
+    kept = torch.where(gate, keep, one)
+    return torch.stack([one, torch.where(gate, gain, one), kept, kept], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -11,9 +12,35 @@ from torch import Tensor
 
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, ModelInfo, RowEdit, check_layer, method_dataclass
+from vlm_attn.tokens import TokenMap
 
 from ._layers import Layer, check_layers
 from ._rows import evidence_factor, laid, ranked, scattered
+
+
+@dataclass
+class Step:
+    """What the layers of one step share, at its ``n`` keys.
+
+    Attributes:
+        tokens: roles of the keys.
+        columns: ``[B, n, 3]``, a row of weights times it: mass on visual keys, that mass raised, mass on the question.
+        boost: ``[B, 1, n]``, factor of the looking heads: ``exp(alpha S)``, 1 at all but visual keys.
+        question: bool ``[B, 1, n]``.
+    """
+
+    tokens: TokenMap
+    columns: Tensor
+    boost: Tensor
+    question: Tensor
+
+
+@dataclass
+class Gaze:
+    """Saliency map ``[B, N]`` of the prompt, and the step that is laid out."""
+
+    map: Tensor
+    step: Step | None = None
 
 
 @method_dataclass
@@ -107,7 +134,7 @@ class GIFT(RowEdit):
         content = self._question(view)[1].gather(1, view.tokens.index)
         return content | torch.cat([content[:, 1:], torch.zeros_like(content[:, :1])], dim=1)
 
-    def read(self, view: EditView, weights: Tensor, rows: Tensor) -> Tensor:
+    def read(self, view: EditView, weights: Tensor, rows: Tensor) -> Gaze:
         content, vis = self._question(view)[1].gather(1, view.tokens.index), view.tokens.vis
         out = torch.zeros(vis.shape, device=vis.device)
         for row in range(len(vis)):
@@ -119,20 +146,26 @@ class GIFT(RowEdit):
             shift = (block[:, now] - block[:, before]).clamp(min=0)
             chosen = ranked(shift.sum((1, 2)), self.head_fraction)
             out[row, slots] = evidence_factor(shift[chosen].mean((0, 1)), self.clamp_sigma)
-        return scattered(out, view)
+        return Gaze(scattered(out, view))
 
-    def edit(self, weights: Tensor, view: EditView, memory: Tensor | None) -> Tensor:
+    def _laid(self, view: EditView, saliency: Tensor) -> Step:
+        vis, asked = view.tokens.vis.float(), laid(self._question(view)[0].float(), view)
+        boost = ((self.alpha or 0.0) * laid(saliency, view) * vis).exp()
+        columns = torch.stack([vis, vis * boost, asked], dim=-1)
+        return Step(view.tokens, columns, boost[:, None], asked[:, None] > 0)
+
+    def edit(self, weights: Tensor, view: EditView, memory: Gaze | None) -> Tensor:
         if memory is None or (not self.alpha and self.beta in (None, 1)):
             return weights
-        alpha, vis = self.alpha or 0.0, view.tokens.vis[:, None].float()
-        saliency = laid(memory, view)[:, None] * vis
-        mass = (weights * vis).sum(-1)
-        looking = ranked(mass, self.head_fraction)[..., None]
-        out = torch.where(looking, weights * (alpha * saliency).exp(), weights)
-        after, before = ((x * vis * looking).sum((1, 2)) for x in (out, weights))
+        step = memory.step
+        if step is None or step.tokens is not view.tokens:  # layers with the same keys share it
+            step = memory.step = self._laid(view, memory.map)
+        visual, raised, asked = torch.bmm(weights, step.columns).unbind(-1)
+        looking, reading = ranked(torch.stack([visual, asked], dim=1), self.head_fraction).unbind(1)
+        factors = torch.where(looking[..., None], step.boost, 1.0)
         if self.beta is not None:
-            question = laid(self._question(view)[0].float(), view)[:, None]
-            reading = ranked((weights * question).sum(-1), self.head_fraction)[..., None]
+            after, before = ((x * looking).sum(1) for x in (raised, visual))
             ratio = (self.beta * after / before.clamp(min=1e-12))[:, None, None]
-            out = torch.where(reading & (question > 0), out * ratio, out)
+            factors = torch.where(reading[..., None] & step.question, ratio, factors)
+        out = weights * factors
         return out / out.sum(-1, keepdim=True)

@@ -103,7 +103,7 @@ class ILVAD(RowEdit):
         step = memory.at(view)
         if step.generated == 0 and not self.prompt_row:
             return weights
-        visual, proof, text = (weights @ step.columns).unbind(-1)
+        visual, proof, text = torch.bmm(weights, step.columns).unbind(-1)
         if step.generated:
             memory.look(view.layer, proof.mean(1))
         masses = torch.stack([proof / visual.clamp(min=1e-12), text], dim=1)

@@ -69,4 +69,4 @@ class Placebo(SegmentEdit):
         return labels
 
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
-        return redistribute(masses, counts, self.keep, self.visual_mass_min, self.rho_nonsink, True)
+        return redistribute(masses, self.keep, self.visual_mass_min, self.rho_nonsink)

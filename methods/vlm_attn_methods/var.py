@@ -90,14 +90,16 @@ class VAR(SegmentEdit):
         sinks = tokens.valid & (phi > self.tau)
         labels = torch.zeros(phi.shape, dtype=torch.uint8, device=phi.device)
         labels[tokens.vis] = RECEIVER
-        labels[sinks & tokens.vis] = VISUAL_DONOR
+        given = sinks & tokens.vis
+        labels[given] = VISUAL_DONOR
         if self.include_text_sinks:
-            labels[sinks & ~tokens.vis] = TEXT_DONOR
+            # Without a visual sink nothing is given, where one is needed.
+            labels[sinks & ~tokens.vis & (given.any(1, keepdim=True) | (not self.need_visual_sink))] = TEXT_DONOR
         return labels
 
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         rho = RHO[self.rho_nonsink] if isinstance(self.rho_nonsink, str) else self.rho_nonsink
-        return redistribute(masses, counts, self.keep, self.visual_mass_min, rho, self.need_visual_sink)
+        return redistribute(masses, self.keep, self.visual_mass_min, rho)
 
     def mix(self, counts: Tensor) -> tuple[Mix, Tensor]:
         rho = RHO[self.rho_nonsink] if isinstance(self.rho_nonsink, str) else self.rho_nonsink

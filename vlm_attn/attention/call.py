@@ -38,7 +38,8 @@ class RowMap:
             out = out * _per_key(self.scale, index)
         if self.boost is not None:
             out = out + _per_key(self.boost, index) * logits.abs()
-        return torch.where(self.gate[:, None, rows, None], out, logits)
+        gate = self.gate if self.gate.shape[1] == 1 else self.gate[:, rows]
+        return torch.where(gate[:, None, :, None], out, logits)
 
 
 def _per_key(x: Tensor, index: Tensor | None) -> Tensor:
@@ -118,7 +119,8 @@ class Call:
     def scores(self, rows: Tensor, heads: Tensor | None = None) -> Tensor:
         """fp32 ``[B, H, R, N]`` of the query rows ``rows [R]`` before maps, biases and mask."""
         query, key, _ = self.heads(heads)
-        return row_logits(query.index_select(2, rows), key, self.scaling, self.softcap)
+        query = query if self.queries == 1 else query.index_select(2, rows)
+        return row_logits(query, key, self.scaling, self.softcap)
 
     def logits(self, rows: Tensor, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None) -> Tensor:
         """Exact fp32 logits ``[B, H, R, N]`` of the query rows ``rows [R]``: softcap, maps, biases, mask.

@@ -99,23 +99,24 @@ def edit_labelled(
             bias = call.bias.expand(-1, out.shape[2], -1)[:, heads]
             logits = logits + bias.gather(2, index)[:, :, None, :]
         visible = _visible(call, part, index)
-        block = (logits - lse[:, :, start : start + part.numel(), None]).exp()
+        # In place, here and below: a chunk is the largest thing that this edit holds.
+        block = logits.sub_(lse[:, :, start : start + part.numel(), None]).exp_()
         # Rows of padding see nothing: their LSE is the mask's own number, and they must stay finite.
-        block = torch.where(visible & valid[:, None, part, None], block, 0.0)
+        block.masked_fill_(~(visible & valid[:, None, part, None]), 0.0)
         start += part.numel()
         member = torch.nn.functional.one_hot(label, item.edit.segments).float()
         member[..., 0] = 0.0  # fillers where a head has fewer labelled keys than another
         masses = block @ member
         masses[..., 0] = (1 - masses[..., 1:].sum(-1)).clamp(min=0)
         scales = torch.where(valid[:, None, part, None], item.edit.scales(masses, counts), 1.0)
-        edited += int(((scales != 1) & (masses > 0)).any(-1).sum())
+        edited += int(item.changes(scales, masses).sum())
         # Where nearly all mass is labelled, the rest is a difference of equals: such rows are computed directly.
         unsafe = (masses[..., 0] < _direct_below(out.dtype)) & valid[:, None, part]
         direct.append(part[unsafe.any(0).any(0)])
         base = scales[..., :1]
         per_key = (scales - base) @ member.transpose(-1, -2)
         before = (out[:, part] if every else out[:, part][:, :, heads]).transpose(1, 2).float()
-        after = (base * before + (block * per_key) @ value).transpose(1, 2).to(out.dtype)
+        after = (base * before + block.mul_(per_key) @ value).transpose(1, 2).to(out.dtype)
         if every:
             result[:, part] = after
         else:

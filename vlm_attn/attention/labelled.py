@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..stages import SegmentEdit
+
+# Forms that grow with the answer are made this much longer than the keys at hand, so that few steps make them anew.
+SPARE = 64
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Labelled:
     """A segment edit with the labels of one layer's prompt keys (uint8 ``[B, n]`` or ``[B, H, n]``).
 
     ``members`` fp32 ``[B, 1 or H, n, G]`` is the one-hot form, ``counts`` fp32 ``[B, G]`` or ``[B, H, G]`` the segment
-    sizes, ``heads`` bool ``[H]`` the edited heads (None = all).
+    sizes, ``heads`` bool ``[H]`` the edited heads (None = all), ``grown`` the members with generated tokens behind.
     """
 
     edit: SegmentEdit
@@ -23,6 +26,7 @@ class Labelled:
     members: Tensor
     counts: Tensor
     heads: Tensor | None = None
+    grown: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def of(cls, edit: SegmentEdit, labels: Tensor, heads: Tensor | None = None) -> Labelled:
@@ -38,26 +42,35 @@ class Labelled:
 
     def apply(self, weights: Tensor, active: Tensor) -> Tensor:
         """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]``."""
-        n = self.labels.shape[-1]
-        prompt, new = weights[..., :n], weights[..., n:]
-        masses = self._per_segment(prompt)
-        if new.shape[-1]:
-            masses[..., self.edit.generated] += new.sum(-1)
+        return self.change(weights, active)[0]
+
+    def change(self, weights: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and bool ``[B, H, R]``: where a weight changed."""
+        members = self._members_at(weights.shape[-1])
+        masses = _product(weights, members)
         scales = torch.where(active, self.scales(masses), 1.0)
-        edited = torch.empty_like(weights)
-        torch.mul(prompt, self._per_key(scales), out=edited[..., :n])
-        torch.mul(new, scales[..., self.edit.generated, None], out=edited[..., n:])
-        return edited
+        return weights * _product(scales, members.transpose(-1, -2)), self.changes(scales, masses)
 
-    def _per_segment(self, weights: Tensor) -> Tensor:
-        """Sums ``[B, H, R, G]`` of the prompt's weights ``[B, H, R, n]`` over each segment."""
-        if self.members.shape[1] > 1:
-            return weights @ self.members
-        # One product per sample: the same labels for every head need no copy per head.
-        return (weights.flatten(1, 2) @ self.members[:, 0]).unflatten(1, weights.shape[1:3])
+    @staticmethod
+    def changes(scales: Tensor, masses: Tensor) -> Tensor:
+        """bool ``[B, H, R]``: the rows in which a segment that has mass is scaled."""
+        return ((scales != 1) & (masses > 0)).any(-1)
 
-    def _per_key(self, scales: Tensor) -> Tensor:
-        """Factors ``[B, H, R, n]`` of the prompt's keys from those of their segments ``[B, H, R, G]``."""
-        if self.members.shape[1] > 1:
-            return scales @ self.members.transpose(-1, -2)
-        return (scales.flatten(1, 2) @ self.members[:, 0].transpose(1, 2)).unflatten(1, scales.shape[1:3])
+    def _members_at(self, keys: int) -> Tensor:
+        """``members`` of ``keys`` keys: those behind the prompt belong to the segment of generated tokens."""
+        known = self.grown[-1] if self.grown else self.members
+        if known.shape[2] < keys:
+            b, h, n, g = self.members.shape
+            new = torch.zeros(b, h, keys + SPARE - n, g, device=self.members.device)
+            new[..., self.edit.generated] = 1.0
+            known = torch.cat([self.members, new], dim=2)
+            self.grown[:] = [known]
+        return known[:, :, :keys]
+
+
+def _product(rows: Tensor, members: Tensor) -> Tensor:
+    """``rows [B, H, R, n] @ members [B, 1 or H, n, G]``, without a copy of ``members`` per head."""
+    if members.shape[1] > 1:
+        return rows @ members
+    b, h, r, n = rows.shape
+    return torch.bmm(rows.reshape(b, h * r, n), members[:, 0]).view(b, h, r, -1)

@@ -61,7 +61,8 @@ def row_bias(
 ) -> Tensor | None:
     """fp32 additive mask ``[B or 1, H or 1, R, KV]`` of the query rows; None when they see every key."""
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
-        return mask[..., :keys].index_select(2, rows.to(mask.device)).float()
+        part = mask[..., :keys]
+        return (part if queries == 1 else part.index_select(2, rows.to(mask.device))).float()
     if mask is None and queries == 1:
         return None
     seen = visible(mask, rows, batch, queries, keys, device, causal)

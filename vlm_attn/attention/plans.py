@@ -8,6 +8,7 @@ so that no full block of weights is ever held.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,6 +39,11 @@ class Remembered:
         edited = self.edit.edit(weights[:, :, 0], self.view, self.memory)[:, :, None]
         return torch.where(active, edited, weights)
 
+    def change(self, weights: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and bool ``[B, H, 1]``: where a weight changed."""
+        edited = self.apply(weights, active)
+        return edited, edited.ne(weights).any(-1)
+
 
 Item = Labelled | Remembered
 Gated = tuple[Item, Tensor]
@@ -53,18 +59,15 @@ def edit_decode(call: Call, edits: Sequence[Gated]) -> tuple[Tensor | None, int]
     """
     if len(edits) == 1 and kernel.suits(edits[0][0], call):
         return kernel.edit_decode(call, edits[0][0], edits[0][1])
-    row = torch.zeros(1, dtype=torch.long, device=call.query.device)
-    scores = call.scores(row)
-    weights = current = call.finish(scores, row).softmax(-1)
+    weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.query.device))
+    touched = [mapped.gate[:, None] for mapped in call.maps]  # a map that acts changes every head
     for item, gate in edits:
-        current = item.apply(current, gate[:, None, :, None])
-    touched = current.ne(weights).any(-1) if edits else torch.zeros_like(current[..., 0], dtype=torch.bool)
-    for mapped in call.maps:
-        touched |= mapped.gate[:, None]  # a map that acts changes every head
-    edited = int(touched.sum())
+        weights, changed = item.change(weights, gate[:, None, :, None])
+        touched.append(changed)
+    edited = int(functools.reduce(torch.logical_or, touched).expand(weights.shape[:3]).sum()) if touched else 0
     if edited == 0:
         return None, 0
-    return row_outputs(current, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), edited
+    return row_outputs(weights, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), edited
 
 
 def edit_rows(call: Call, out: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, int]:
@@ -165,8 +168,9 @@ def _edit_fused(call: Call, out: Tensor, rows: Tensor, item: Labelled) -> tuple[
         outputs.append(part)
     segment_mass = torch.stack(masses, dim=-1)
     rest = (1 - segment_mass.sum(-1, keepdim=True)).clamp(min=0)
-    scales = item.scales(torch.cat([rest, segment_mass], dim=-1))
-    touched = (scales != 1).any(-1)
+    whole = torch.cat([rest, segment_mass], dim=-1)
+    scales = item.scales(whole)
+    touched = item.changes(scales, whole)
     if not bool(touched.any()):
         return out, 0
     base = scales[..., 0]
