@@ -43,6 +43,19 @@ def check_processor(family: Family, processor: Any) -> Any:
     return processor
 
 
+def _check_presses(session: Session, names: str) -> None:
+    """Refuses presses of kvpress on the model's attention: they shorten caches that the session counts on."""
+    for _, attention in session.family.attentions():
+        for hook in attention._forward_hooks.values():
+            press = type(getattr(hook, "__self__", None))
+            if press.__module__.partition(".")[0] == "kvpress":
+                raise UnsupportedError(
+                    f"{names}: a press of kvpress ({press.__name__}) is active on this model. No release of kvpress "
+                    "supports the transformers that vlm-attn needs (0.5.5 asks for transformers < 5.3): leave the "
+                    "press, and shorten the cache by pruning instead"
+                )
+
+
 def check_generate(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Checks the arguments of ``generate`` against the attached pipeline and returns them unchanged.
 
@@ -60,6 +73,7 @@ def check_generate(session: Session, args: tuple[Any, ...], kwargs: dict[str, An
     if not acting and contrast is None:
         return kwargs
     names = ", ".join([*acting, *([contrast.name] if contrast else [])])
+    _check_presses(session, names)
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or session.model.generation_config
 
     def value(name: str, default: Any = None) -> Any:

@@ -84,7 +84,8 @@ class ModelProbe:
         left = request.tokens_at(self.layers - 1)
         values = np.zeros(len(layout), dtype=np.float32)
         values[left.order[0][left.vis[0] & (left.img_id[0] == 0)].cpu().numpy()] = 1.0
-        return (self._project(values, image, layout) >= 0.5).astype(np.float32)
+        # A pixel counts as kept if half of the views that show it keep it; rounding must not decide the tie.
+        return (self._project(values, image, layout) >= 0.5 - 1e-4).astype(np.float32)
 
 
 def attention_map(probe: Probe, image: Image.Image, text: str, *, layers: Sequence[int] | None = None) -> np.ndarray:
