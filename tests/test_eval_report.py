@@ -216,3 +216,13 @@ def test_very_many_columns_leave_curves_to_their_own_plot(swept: RunResult, monk
     monkeypatch.setattr(plots, "MANY", 3)
     assert plots.single(swept.results, labels) == ["baseline", "noop"]
     assert plots.all_plots(swept.results)[-1][0] == "Score against kept visual tokens"
+
+
+def test_pooled_splits_are_resampled_by_picture(swept: RunResult) -> None:
+    """Three pictures in all: the interval of 36 answers may not be that of 36 independent ones."""
+    from vlm_attn.evaluation.statistics import wilson
+
+    row = swept.results["curves"]["fastv harm=48"]["scores"]["accuracy"]
+    independent = wilson(round(36 * row["value"]), 36)
+    assert (row["low"], row["high"]) != (independent.low, independent.high)
+    assert row["low"] < row["value"] < row["high"]

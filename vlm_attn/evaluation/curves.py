@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_attn.evaluation.config import EvalConfig
-from vlm_attn.evaluation.summary import Rater, Row, compare, kept_tokens, rater_for
+from vlm_attn.evaluation.summary import Rater, Row, compare, intervals, kept_tokens, rater_for
 
 __all__ = ["CURVED", "NEAR", "curves"]
 
@@ -30,7 +30,8 @@ def curves(
 ) -> dict[str, Any]:
     """Every column that lies on a curve, and the baseline, by label; empty without a series.
 
-    POPE is pooled over its splits: its accuracy is their mean where they are equally long.
+    POPE is pooled over its splits: its accuracy is their mean where they are equally long. Splits share pictures and
+    half of their questions, so intervals come from resampling pictures, for accuracy too.
 
     Args:
         described: the method of each column, every default filled in.
@@ -63,7 +64,7 @@ def curves(
 
     out: dict[str, Any] = {}
     for label in rows:
-        scores = {kind: rater.score(rows[label][kind], **options) for kind, (_, rater) in pools.items()}
+        scores = {kind: _intervals(rater, rows[label][kind], options) for kind, (_, rater) in pools.items()}
         plain = _plain_twin(label, described, series)
         control = _control(label, described, {key: value["keep_ratio"] for key, value in kept.items() if value})
         out[label] = {
@@ -71,13 +72,18 @@ def curves(
             "method": "+".join(part["name"] for part in _parts(described[label])),
             "debiased": _debiased(described[label]),
             "share": kept[label].get("keep_ratio"),
-            "scores": {metric: scores[kind]["intervals"][metric] for kind in pools for metric in CURVED[kind]},
+            "scores": {metric: scores[kind][metric] for kind in pools for metric in CURVED[kind]},
             "control": control,
             "to_control": difference(label, control),
             "plain": plain,
             "to_plain": difference(label, plain),
         }
     return out
+
+
+def _intervals(rater: Rater, samples: Sequence[Row], options: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    clusters = [rater.cluster(row) for row in samples]
+    return intervals(rater.rows(samples), clusters, rater.statistics, {}, **options)
 
 
 def _pools(config: EvalConfig) -> dict[str, tuple[list[str], Rater]]:

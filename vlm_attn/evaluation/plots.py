@@ -312,8 +312,9 @@ def against_kept(results: Mapping[str, Any]) -> list[Plot]:
             axes.set_visible(False)
     return [("Score against kept visual tokens", "Kept: visual tokens of an average decoder layer, as measured. "
              "Solid: the method; dashed, hollow: the same with attention debiasing; dotted: its other versions. Grey: "
-             "the random control at the same site. Black: the baseline. Whiskers and bands: 95 % intervals (POPE: all "
-             "splits together). CHAIRi: lower is better, read it with recall.", figure)]  # fmt: skip
+             "the random control at the same site. Black: the baseline. Whiskers and bands: 95 % intervals from "
+             "resampling pictures (POPE: all splits together). CHAIRi: lower is better, read it with recall.",
+             figure)]  # fmt: skip
 
 
 Line = tuple[str, list[Mapping[str, Any]], dict[str, Any]]
