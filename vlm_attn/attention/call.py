@@ -110,8 +110,8 @@ class Call:
         )
 
     def heads(self, heads: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of some query heads (None = all; chosen ones come with one key/value head each)."""
-        if heads is None:
+        """Query, key and value of some query heads, in ascending order, with one key/value head each; None = as is."""
+        if heads is None or (len(heads) == self.key.shape[1] and self.group == 1):  # every head has its own
             return self.query, self.key, self.value
         shared = torch.div(heads, self.group, rounding_mode="floor")
         return self.query[:, heads], self.key[:, shared], self.value[:, shared]
