@@ -98,7 +98,9 @@ def percent(name: str) -> float:
 
 def all_plots(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """``(title, caption, svg)`` of every plot that the results can fill."""
-    makers = (against_latency, splits, differences, captions, against_kept)
+    others = (against_latency, splits, differences, captions)
+    nothing_else = bool(results.get("curves")) and single(results, results["results"]) == [results["baseline"]]
+    makers = (against_kept,) if nothing_else else (*others, against_kept)
     with matplotlib.rc_context(STYLE):
         return [(title, caption, to_svg(figure)) for maker in makers for title, caption, figure in maker(results)]
 
