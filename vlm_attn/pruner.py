@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import pruning, words
+from . import latency, pruning, words
 from .attention import interface
 from .attention.call import Call
 from .encoder import EncoderReader
@@ -20,6 +20,9 @@ from .readings import TABLES, Readings
 from .request import PruneStage, Request
 from .stages import Merged, Prune, PruneView, RowScore
 from .tokens import TokenMap
+
+if TYPE_CHECKING:
+    from .session import Session
 
 ENCODER, LIVE, QUESTIONS = "vision encoder", "live heads", "questions"
 PROJECTORS = ("multi_modal_projector", "aligner")
@@ -46,6 +49,7 @@ class Pruner:
         encoder: EncoderReader,
     ):
         self.prune, self.family, self.backend, self.encoder = prune, family, backend, encoder
+        self.latency: latency.Latency | None = None
         self.projected: Tensor | None = None
         self.projector: Any = None
         if prune is not None and prune.encoder_layer is not None:
@@ -58,6 +62,11 @@ class Pruner:
         self.readings = Readings(prune)
         self.sites = self.readings.sites
         self._visible, self._dry_run = visible, dry_run
+
+    def time(self, session: Session) -> None:
+        """Measures prefill times if the budget is one; the session must be installed."""
+        if self.prune is not None and self.prune.wants_latency:
+            self.latency = latency.measure(session)
 
     def before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keeps what the projector receives, ``[P, N, d_v]``, until the prompt enters the decoder."""
@@ -201,7 +210,16 @@ class Pruner:
         live = request.notes.get(f"{LIVE} {site.score.layer}") if site.score else None
         notes = request.notes
         view = PruneView(
-            site, tokens, scores, visible, shown, notes.get(ENCODER), live, notes.get(QUESTIONS, ()), notes
+            site,
+            tokens,
+            scores,
+            visible,
+            shown,
+            notes.get(ENCODER),
+            live,
+            notes.get(QUESTIONS, ()),
+            self.latency,
+            notes,
         )
         answer = prune.keep_mask(view)
         keep = answer.keep if isinstance(answer, Merged) else answer

@@ -9,16 +9,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .kit.budgets import budget, proportional
+from .kit.budgets import budget, floor_share, proportional
 from .kit.calibrators import mean_map as divide
 from .kit.calibrators import trend_weights
 from .kit.selectors import by_rank
+from .sites import PruneView
 from .tokens import TokenMap
 
 Keep = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 """Visual tokens to keep per image: a count (int) or a share of the image's tokens (float in (0, 1])."""
-Auto = Annotated[str, Field(pattern=r"^auto(:0?\.\d+)?$")]
-"""``"auto"``, ``"auto:0.95"``: as few tokens per image as hold 99 % (95 %) of the score's mass [ours]."""
+Auto = Annotated[str, Field(pattern=r"^auto(:(0?\.\d+|\d+(\.\d+)?ms))?$")]
+"""``"auto"``, ``"auto:0.95"``: as few tokens per image as hold 99 % (95 %) of the score's mass. ``"auto:30ms"``: as
+many as let the decoder's prefill of the sample take 30 ms, by times measured when the method is attached [ours]."""
 Per = Literal["image", "view"]
 """What a budget is for: a whole image, or each of its views (tile, video frame) in proportion to its tokens."""
 
@@ -67,7 +69,7 @@ def position(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
 
 def select(
     tokens: TokenMap,
-    keep: int | float | str | Callable[[int], int],
+    keep: int | float | str | list[float] | Callable[[int], int],
     choose: Callable[[int, Tensor, int], Tensor],
     visible: Tensor | None = None,
     scores: Tensor | None = None,
@@ -76,7 +78,8 @@ def select(
     """Applies a selector to each image, or to each of its views.
 
     Args:
-        keep: budget per image, relative to the tokens the image had in the prompt, or a function of their number.
+        keep: budget per image, relative to the tokens the image had in the prompt, a share per sample (rounded down),
+            or a function of their number.
         choose: ``(row, slots [n], k) -> positions [k'] into slots``; with ``visible`` it sees visible slots only.
         visible: bool ``[B, N]``; tokens that show only padding are never chosen, so an image may keep fewer than k.
         scores: fp32 ``[B, N]``, for ``keep="auto"``.
@@ -90,11 +93,32 @@ def select(
         if visible is not None:
             slots = slots[visible[row, slots]]
         mass = None if scores is None else scores[row, slots]
-        whole = min(keep(total) if callable(keep) else budget(keep, total, mass), slots.numel())
+        if isinstance(keep, list):
+            whole = floor_share(total, keep[row] + 1e-9)
+        else:
+            whole = keep(total) if callable(keep) else budget(keep, total, mass)
+        whole = min(whole, slots.numel())
         for part, k in views(tokens, row, slots, whole) if per == "view" else [(slots, whole)]:
             if k:
                 out[row, part[choose(row, part, k)]] = True
     return out
+
+
+def affordable(view: PruneView, keep: Keep | str) -> Keep | str | list[float]:
+    """A budget in time as the share of its visual tokens that each sample can afford; other budgets as they are.
+
+    A sample is reckoned as if it were alone. One token per image stays even if that is too much.
+    """
+    if not isinstance(keep, str) or not keep.endswith("ms"):
+        return keep
+    if view.latency is None:
+        raise ValueError(f"keep='{keep}' needs the times that are measured when the method is attached")
+    target, tokens = float(keep.partition(":")[2][:-2]) / 1000, view.tokens
+    free = (tokens.vis & ~protected(tokens)).sum(1).tolist()
+    return [
+        view.latency.budget(target, whole - visual, visual, view.site.layer) / max(visual, 1)
+        for whole, visual in zip(tokens.valid.sum(1).tolist(), free, strict=True)
+    ]
 
 
 def views(tokens: TokenMap, row: int, slots: Tensor, k: int) -> list[tuple[Tensor, int]]:
@@ -142,6 +166,7 @@ __all__ = [
     "Auto",
     "Keep",
     "Per",
+    "affordable",
     "budget",
     "exp_trend",
     "images",

@@ -118,6 +118,7 @@ class Session:
             try:
                 self._install_on(self._installed)
                 probe.check(self)
+                self.pruner.time(self)
                 self.attached = True
             except BaseException:
                 self.detach()
@@ -150,8 +151,7 @@ class Session:
         """Takes everything back; calling it again does nothing."""
         with lock_of(self.model):
             self._installed.undo()
-            self.attached = False
-            self._suspended, self.recorder = 0, None
+            self.attached, self._suspended, self.recorder = False, 0, None
             self.capture.clear()
             if self.request is not None:
                 self.request.prompt_kwargs, self.request.media = {}, {}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .encoder_view import EncoderView, Picture
+    from .latency import Latency
     from .tokens import TokenMap
 
 
@@ -72,6 +73,7 @@ class PruneView:
         hidden: ``[B, N, D]`` hidden states that arrive (at layer 0: projected features and text embeddings), or None.
         heads: bool ``[B, H]``, the heads that were live in the layer that was read; None = all.
         questions: the user's question of each sample as text, for methods that asked for it.
+        latency: prefill times measured when the method was attached, for budgets in time.
         memory: the method's own notes about this request, for methods that add up over stages.
     """
 
@@ -83,6 +85,7 @@ class PruneView:
     encoder: EncoderView | None = None
     heads: Tensor | None = None
     questions: tuple[str, ...] = ()
+    latency: Latency | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property

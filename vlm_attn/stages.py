@@ -104,6 +104,11 @@ class Prune(Method):
         """Whether the view must hold the user's question as text, which needs the processor."""
         return False
 
+    @property
+    def wants_latency(self) -> bool:
+        """Whether the budget is a time, so that prefill times are measured when the method is attached."""
+        return str(getattr(self, "keep", "")).endswith("ms")
+
     def sites(self) -> tuple[Site, ...]:
         """Sites in ascending layer order."""
         raise TypeError(f"{type(self).__name__} does not implement sites()")

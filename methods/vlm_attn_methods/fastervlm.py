@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from vlm_attn.encoder_view import Picture
-from vlm_attn.kit.budgets import budget
-from vlm_attn.kit.selectors import topk
-from vlm_attn.selection import Auto, Keep
+from vlm_attn.selection import Auto, Keep, affordable, images, select, top_k
 from vlm_attn.stages import PruneView, method_dataclass
 
 from ._encoder import EncoderPrune
@@ -24,7 +22,8 @@ class FasterVLM(EncoderPrune):
 
     Attributes:
         keep: tokens kept per image: a count, a share in (0, 1], or ``"auto"``, as few as hold 99 % of the score's mass
-            on the image (``"auto:0.95"`` for 95 %) [ours].
+            on the image (``"auto:0.95"`` for 95 %), or ``"auto:30ms"``, as many as let the decoder's prefill take
+            30 ms by times measured at attach [ours].
         positions: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions.
 
     Source: FasterVLM (arXiv 2412.01818).
@@ -39,8 +38,8 @@ class FasterVLM(EncoderPrune):
     keep: Keep | Auto = 0.2223
 
     def keep_mask(self, view: PruneView) -> Tensor:
-        def choose(picture: Picture, z: Tensor) -> Tensor:
-            attention = picture.attention.mean(0)
-            return topk(attention, budget(self.keep, len(z), attention))
-
-        return self.each(view, choose)
+        scores = torch.zeros(view.tokens.vis.shape, device=view.tokens.vis.device)
+        for row, slots, _ in images(view.tokens):
+            image = int(view.tokens.img_id[row, slots[0]])
+            scores[row, slots] = view.vision.picture(row, image).attention.mean(0)
+        return select(view.tokens, affordable(view, self.keep), top_k(scores), scores=scores)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlm_attn.profiles import Profile
-from vlm_attn.selection import Auto, Keep, Per, select, top_k
+from vlm_attn.selection import Auto, Keep, Per, affordable, select, top_k
 from vlm_attn.stages import ModelInfo, PruneView, Site, check_layer, method_dataclass
 
 from ._debias import Debiased
@@ -34,7 +34,8 @@ class FastV(Debiased):
     Attributes:
         layer: K, 0-based, at least 1 (the score comes from layer K-1).
         keep: tokens kept per image: a count, a share in (0, 1], or ``"auto"``, as few as hold 99 % of the score's mass
-            on the image (``"auto:0.95"`` for 95 %) [ours].
+            on the image (``"auto:0.95"`` for 95 %), or ``"auto:30ms"``, as many as let the decoder's prefill take
+            30 ms by times measured at attach [ours].
         per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
         calibrate: any of ``exp_trend`` or ``mean_map``, ``pad_mask``, ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
@@ -67,4 +68,4 @@ class FastV(Debiased):
 
     def keep_mask(self, view: PruneView) -> Tensor:
         scores = self.debiased(view)
-        return select(view.tokens, self.keep, top_k(scores), self.shown(view), scores, self.per)
+        return select(view.tokens, affordable(view, self.keep), top_k(scores), self.shown(view), scores, self.per)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm_attn.kit.scores import norm
 from vlm_attn.kit.selectors import topk
-from vlm_attn.selection import Auto, Keep, Per, select
+from vlm_attn.selection import Auto, Keep, Per, affordable, select
 from vlm_attn.stages import PruneView, Site, method_dataclass
 
 from ._one_site import OneSite
@@ -27,7 +27,8 @@ class NormPrune(OneSite):
     Attributes:
         layer: decoder layer before which tokens leave, 0-based.
         keep: tokens kept per image: a count, a share in (0, 1], or ``"auto"``, as few as hold 99 % of the score's mass
-            on the image (``"auto:0.95"`` for 95 %) [ours].
+            on the image (``"auto:0.95"`` for 95 %), or ``"auto:30ms"``, as many as let the decoder's prefill take
+            30 ms by times measured at attach [ours].
         per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
     """
 
@@ -45,7 +46,8 @@ class NormPrune(OneSite):
         def choose(row: int, slots: Tensor, k: int) -> Tensor:
             return topk(lengths(view.features[row, slots]), k)
 
-        return select(view.tokens, self.keep, choose, scores=norm(view.features), per=self.per)
+        keep = affordable(view, self.keep)
+        return select(view.tokens, keep, choose, scores=norm(view.features), per=self.per)
 
 
 def lengths(features: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ def budget(keep: int | float | str, total: int, scores: Tensor | None = None) ->
     99 % by default.
 
     Raises:
-        ValueError: ``"auto"`` without scores, or with negative ones.
+        ValueError: ``"auto"`` without scores, or with negative ones; or a time, which is no budget of one picture.
     """
     if isinstance(keep, str):
+        if keep.endswith("ms"):
+            raise ValueError(f"keep='{keep}' is a time: only methods that document it turn times into counts")
         if scores is None or bool((scores < 0).any()):
             raise ValueError(f"keep='{keep}' counts the mass of scores that are not negative: give a count or a share")
         share = float(keep.partition(":")[2] or AUTO_SHARE)
