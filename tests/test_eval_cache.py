@@ -38,8 +38,8 @@ def test_a_second_run_asks_nothing_and_equals_the_first(tmp_path: Path) -> None:
     compare(tmp_path / "again", tmp_path / "filling", ("output",))
 
 
-def chat(text: str = "Is there a cat?", colour: str = "red", size: int = 8) -> ChatMessages:
-    picture = {"type": "image", "url": Image.new("RGB", (size, size), colour)}
+def chat(text: str = "Is there a cat?", colour: str = "red", size: int = 8, image: Any = None) -> ChatMessages:
+    picture = {"type": "image", "url": image or Image.new("RGB", (size, size), colour)}
     return ChatMessages(messages=[{"role": "user", "content": [picture, {"type": "text", "text": text}]}])
 
 
@@ -97,6 +97,15 @@ def test_whatever_changes_an_answer_changes_the_key(monkeypatch: pytest.MonkeyPa
     assert len(set(keys.values())) == len(keys), keys
     two = ResponseCache("x").keys(FakeVlm(), [chat(), chat()], {"max_new_tokens": 4}, 1)
     assert two[0] != two[1]
+
+
+def test_pictures_of_one_pattern_in_other_colours_have_other_keys() -> None:
+    def painted(colour: tuple[int, int, int]) -> Any:
+        image = Image.new("P", (4, 4))
+        image.putpalette(colour)
+        return chat(image=image)
+
+    assert key(chats=[painted((255, 0, 0))]) != key(chats=[painted((0, 0, 255))])
 
 
 def test_damaged_entries_are_answered_again(tmp_path: Path) -> None:

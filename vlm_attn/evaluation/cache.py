@@ -139,6 +139,8 @@ def _conversation(chat: Any) -> list[Any]:
                 out.append([message.role, "text", part.text])
             elif part.type == "image":
                 image = part.url
+                if getattr(image, "palette", None):  # its bytes are places in the palette, not colours
+                    image = image.convert("RGBA")
                 pixels = sha256(image.tobytes()).hexdigest() if hasattr(image, "tobytes") else str(image)
                 out.append([message.role, getattr(image, "mode", ""), list(getattr(image, "size", ())), pixels])
             else:

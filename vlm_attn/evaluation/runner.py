@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -313,13 +314,21 @@ def _check_benchmarks(config: EvalConfig, files: bool = True) -> None:
 
 
 def _task(config: EvalConfig, benchmark: BenchmarkEntry) -> Any:
-    """What lmms-eval is asked to run: a task's name, or a task object for a benchmark from local folders."""
+    """What lmms-eval is asked to run: one task object for all methods, or the name of a task of its own."""
+    if benchmark.name in local_tasks():
+        return _shipped(benchmark.name)
     if not benchmark.is_local:
         return benchmark.name
     from vlm_attn.evaluation.local_tasks import build
 
     return build(benchmark.name, str(config.data_of(benchmark)), str(config.images_of(benchmark)), benchmark.ids,
                  benchmark.prompt)  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def _shipped(name: str) -> Any:
+    """The task object of a task that ships with the package."""
+    return _task_manager(defaults=False).load_task_or_group([name], "chat")[name]
 
 
 def _task_manager(*, defaults: bool) -> Any:
