@@ -114,6 +114,19 @@ def test_averages_are_plain_means_of_the_splits(result: RunResult) -> None:
     assert "f1_random_minus_adversarial" not in means  # no adversarial split in this run
 
 
+def test_splits_are_also_pooled(result: RunResult) -> None:
+    pooled, scores = result.results["pooled"], result.results["scores"]["hostile a, b"]
+    figures = pooled["hostile a, b"]["scenes_pope"]
+    splits = ["scenes_pope_random", "scenes_pope_popular"]
+    assert figures["splits"] == splits
+    assert figures["n"] == figures["paired"]["n"] == 24
+    for count in ("tp", "fp", "tn", "fn"):
+        assert figures["parsers"]["pope"][count] == sum(scores[name]["parsers"]["pope"][count] for name in splits)
+    changes = [result.results["paired"]["hostile a, b"][name]["mcnemar"] for name in splits]
+    assert figures["paired"]["mcnemar"]["lost"] == sum(change["lost"] for change in changes)
+    assert "paired" not in pooled["baseline"]["scenes_pope"]
+
+
 def test_no_page_when_switched_off(tmp_path: Path) -> None:
     config = build_config(
         {"benchmarks": ["scenes_chair"], "limit": 3, "output": str(tmp_path), "quiet": True, "report": False}

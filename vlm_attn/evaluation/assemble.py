@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vlm_attn.evaluation.config import EvalConfig, method_hash
+from vlm_attn.evaluation.config import BenchmarkEntry, EvalConfig, method_hash
 from vlm_attn.evaluation.curves import curves
 from vlm_attn.evaluation.recorder import RunRecorder
 from vlm_attn.evaluation.summary import compare, kept_tokens, latency, pope_averages, rater_for
 
 __all__ = ["HARNESS_KEYS", "assemble"]
 
+POPE_SPLITS = ("random", "popular", "adversarial")
 HARNESS_KEYS = ("configs", "versions", "n-shot", "n-samples", "higher_is_better", "group_subtasks")
 
 
@@ -50,8 +51,11 @@ def assemble(
             if label != baseline:
                 before = recorder.samples(method_hash(described[baseline]), task)
                 paired.setdefault(label, {})[task] = {"baseline": baseline, **compare(rater, before, rows, **options)}
-    points = curves(config, described, lambda label, task: recorder.samples(method_hash(described[label]), task),
-                    list(harness))  # fmt: skip
+
+    def samples(label: str, task: str) -> list[dict[str, Any]]:
+        return recorder.samples(method_hash(described[label]), task)
+
+    points = curves(config, described, samples, list(harness))
     first = next(iter(harness.values()), {})
     return {
         "results": {label: result["results"] for label, result in harness.items()},
@@ -67,9 +71,47 @@ def assemble(
         "scores": scores,
         "pope_averages": {label: means for label, tasks in scores.items() if (means := pope_averages(tasks))},
         "paired": paired,
+        "pooled": _pooled(config, list(harness), samples, options),
         "curves": points,
         "kept_tokens": kept,
         "latency": times,
         "failed": dict(failed),
         "env": dict(env),
     }
+
+
+def _pooled(
+    config: EvalConfig,
+    labels: Sequence[str],
+    samples: Callable[[str, str], list[dict[str, Any]]],
+    options: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """POPE over all splits of a source at once: scores, and the paired difference to the baseline.
+
+    Splits share their pictures, which the bootstrap draws together.
+    """
+    out: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for source, splits in _sources(config).items():
+        rater = rater_for(splits[0].name, config.parser, config.data_of(splits[0]))
+        rows = {label: [row for split in splits for row in samples(label, split.name)] for label in labels}
+        if rater is None or not all(rows.values()):
+            continue
+        baseline = config.methods[0].label
+        for label in labels:
+            out[label][source] = {"splits": [split.name for split in splits], **rater.score(rows[label], **options)}
+            if label != baseline:
+                out[label][source]["paired"] = {
+                    "baseline": baseline,
+                    **compare(rater, rows[baseline], rows[label], **options),
+                }
+    return {label: pools for label, pools in out.items() if pools}
+
+
+def _sources(config: EvalConfig) -> dict[str, list[BenchmarkEntry]]:
+    """POPE benchmarks by what their splits share (``scenes_pope``, ``local_pope_coco``), with two splits or more."""
+    out: dict[str, list[BenchmarkEntry]] = {}
+    for benchmark in config.benchmarks:
+        source, _, split = benchmark.name.rpartition("_")
+        if split in POPE_SPLITS and "pope" in source:
+            out.setdefault(source, []).append(benchmark)
+    return {source: splits for source, splits in out.items() if len(splits) > 1}
