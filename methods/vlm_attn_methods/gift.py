@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -12,35 +11,10 @@ from torch import Tensor
 
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, ModelInfo, RowEdit, check_layer, method_dataclass
-from vlm_attn.tokens import TokenMap
 
+from ._gaze import Gaze, Step
 from ._layers import Layer, check_layers
 from ._rows import evidence_factor, laid, ranked, scattered
-
-
-@dataclass
-class Step:
-    """What the layers of one step share, at its ``n`` keys.
-
-    Attributes:
-        tokens: roles of the keys.
-        columns: ``[B, n, 3]``, a row of weights times it: mass on visual keys, that mass raised, mass on the question.
-        boost: ``[B, 1, n]``, factor of the looking heads: ``exp(alpha S)``, 1 at all but visual keys.
-        question: bool ``[B, 1, n]``.
-    """
-
-    tokens: TokenMap
-    columns: Tensor
-    boost: Tensor
-    question: Tensor
-
-
-@dataclass
-class Gaze:
-    """Saliency map ``[B, N]`` of the prompt, and the step that is laid out."""
-
-    map: Tensor
-    step: Step | None = None
 
 
 @method_dataclass
