@@ -40,17 +40,30 @@ class Prepared:
 
 
 def mitigv_pai(
-    model: LlavaForConditionalGeneration, job: bench.Request, steps: int, now: Callable[[], float]
+    model: LlavaForConditionalGeneration,
+    job: bench.Request,
+    steps: int,
+    now: Callable[[], float],
+    beside: bench.StockSteps | None,
 ) -> bench.Taken:
     """One answer of ``steps + 1`` tokens."""
     from mitigv.algorithms.pai import PAI
 
     started: list[float] = []
     seconds: list[float] = []
+    stock: list[float] = []
+
+    def ended(*_: Any) -> None:
+        seconds.append(now() - started[-1])
+        if beside is not None:
+            stock.append(beside())
+
     hooks = [
         model.register_forward_pre_hook(lambda *_: started.append(now())),
-        model.register_forward_hook(lambda *_: seconds.append(now() - started[-1])),
+        model.register_forward_hook(ended),
     ]
+    if beside is not None:
+        beside.restart()
     model.set_attn_implementation("eager")
     layers = model.config.text_config.num_hidden_layers
     try:
@@ -65,7 +78,8 @@ def mitigv_pai(
         model.set_attn_implementation("sdpa")
         for hook in hooks:
             hook.remove()
-    return bench.Taken(seconds[0], statistics.median(seconds[1:]), {"calls": len(seconds)})
+    decode = statistics.median(seconds[1:])
+    return bench.Taken(seconds[0], decode, statistics.median(stock or [decode]), {"calls": len(seconds)})
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import vlm_attn
 from vlm_attn import bench
-from vlm_attn.bench import edits, memory, overview, paired, report
+from vlm_attn.bench import edits, memory, overview, paired, report, setup, turns
 from vlm_attn.flops import prefill_flops
 
 LLAVA = {"hidden": 4096, "inner": 11008}
@@ -127,7 +127,7 @@ def test_a_case_is_compared_with_the_stock_runs_around_it() -> None:
 
     def run(case: edits.Case) -> edits.Taken:
         order.append(case.name)
-        return edits.Taken(2.0, 1.0)
+        return edits.Taken(2.0, 1.0, 1.0)
 
     found = [edits.Case(name, edits.stock_run) for name in ("a", "b", "c")]
     paired.time_round(found, stock, run)
@@ -138,12 +138,29 @@ def test_a_case_is_compared_with_the_stock_runs_around_it() -> None:
 
 @pytest.mark.parametrize(("ratio", "valid"), [(1.04, True), (0.96, True), (1.06, False), (0.94, False)])
 def test_a_loud_control_voids_the_edits(ratio: float, valid: bool) -> None:
-    even = edits.Taken(1.0, 1.0)
-    control = edits.Case(edits.CONTROL, edits.stock_run, taken=[edits.Taken(1.0, ratio)], around=[(even, even)])
+    even = edits.Taken(1.0)
+    control = edits.Case(edits.CONTROL, edits.stock_run, taken=[edits.Taken(1.0, ratio, 1.0)], around=[(even, even)])
     result = edits._report(edits.SHAPES["deep"], [control], None, [], "cpu")
     assert result["valid"] is valid
     assert ("VOID" in report._edit_caption(result)) is not valid
     assert "not measured" in result["memory"]
+
+
+def test_stock_steps_are_taken_on_the_same_weights_untouched_by_what_is_attached() -> None:
+    shape = bench.Shape("tiny", layers=2, heads=2, kv_heads=2, visual=16, text=8, hidden=32, inner=48)
+    model = setup.build(shape)
+    job = setup.request(model, shape)
+    beside = turns.StockSteps(model, job, iter(range(100)).__next__)
+    before = {name: value.data_ptr() for name, value in model.named_parameters()}
+    assert {name: value.data_ptr() for name, value in beside.model.named_parameters()} == before
+    taken = edits.stock_run(model, job, 3, iter(range(100)).__next__, beside)
+    assert (taken.prefill, taken.decode, taken.stock_decode) == (1, 1, 1)
+    assert beside.cache is not None
+    assert beside.cache.get_seq_length() == job.ids.shape[1] + 3
+    with vlm_attn.attach(model, vlm_attn.method("vas_boost", image=0.5)) as session:
+        edits.stock_run(model, job, 1, iter(range(100)).__next__, beside)
+        assert beside.cache.get_seq_length() == job.ids.shape[1] + 1
+        assert session.last.seen == job.ids.shape[1] + 1
 
 
 def test_peak_memory_of_a_forked_run() -> None:

@@ -12,6 +12,7 @@ from .overview import CONTROL, SHAPES, ideal_ratio, run_bench, ticks
 from .prune import prune_ticks, run_prune
 from .report import print_report, tables
 from .setup import Request, Shape
+from .turns import StockSteps
 
 __all__ = [
     "CONTROL",
@@ -20,6 +21,7 @@ __all__ = [
     "Request",
     "Runner",
     "Shape",
+    "StockSteps",
     "Taken",
     "edit_ticks",
     "ideal_ratio",

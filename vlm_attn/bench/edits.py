@@ -1,14 +1,15 @@
 """Every attention edit against the stock model: prefill, decode, peak memory, beside attention read the eager way.
 
-Each round times every case once, in rotating order, with a stock run before the first, after the last and after every
-second one; a time is divided by the mean of the stock runs around it. A session that edits nothing is timed along:
-where it does not land within 5 % of stock, the run is void.
+Each round times every case once, in rotating order. A prefill is divided by the mean of the stock prefills around it
+(one before the first case, after the last and after every second one); decode steps alternate with stock's on a twin
+of the model and are divided by those. A session that edits nothing is timed along: where it does not land within 5 %
+of stock, the run is void.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +24,7 @@ from ..session import Session, attach
 from ..stages import Method, RowEdit
 from . import memory, overview, paired, setup
 from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
+from .turns import StockSteps
 
 CONTROL = "noop control"
 EAGER = "eager, attentions returned"
@@ -42,10 +44,11 @@ GPU_BARS = {"var": 1.10, "vhr": 1.02, "decode": 1.03}
 
 @dataclass
 class Taken:
-    """One run: seconds of the prefill, seconds per decoded token, and what was seen."""
+    """One run: seconds of the prefill, of a decoded token, of a stock one taken in turn with it, and what was seen."""
 
     prefill: float
-    decode: float
+    decode: float = math.nan
+    stock_decode: float = math.nan
     facts: dict[str, Any] = field(default_factory=dict)
     text_pass: float = 0.0
 
@@ -54,9 +57,14 @@ class Runner(Protocol):
     """A way of running the prompt and ``steps`` tokens."""
 
     def __call__(
-        self, model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
+        self,
+        model: LlavaForConditionalGeneration,
+        job: Request,
+        steps: int,
+        now: Callable[[], float],
+        beside: StockSteps | None,
     ) -> Taken:
-        """One run."""
+        """One run; between its decode steps those of ``beside``, if given."""
 
 
 @dataclass
@@ -83,24 +91,44 @@ class Case:
 
 
 def stock_run(
-    model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float], **extra: Any
+    model: LlavaForConditionalGeneration,
+    job: Request,
+    steps: int,
+    now: Callable[[], float],
+    beside: StockSteps | None = None,
+    **extra: Any,
 ) -> Taken:
     """The prompt and ``steps`` tokens, with whatever is attached; the median step counts."""
-    ticks = [now()]
+    start = now()
     cache = setup.prefill(model, job, encode=True, **extra)
-    ticks.append(now())
+    prefill = now() - start
+    own, stock = [], []
+    if beside is not None:
+        beside.restart()
     for _ in range(steps):
+        if beside is not None:
+            stock.append(beside())
+        start = now()
         setup.decode(model, job, cache, 1, **extra)
-        ticks.append(now())
-    prefill, *decode = (after - before for before, after in itertools.pairwise(ticks))
-    return Taken(prefill, statistics.median(decode))
+        own.append(now() - start)
+    return Taken(prefill, _median(own), _median(stock))
 
 
-def eager_run(model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]) -> Taken:
+def _median(seconds: list[float]) -> float:
+    return statistics.median(seconds) if seconds else math.nan
+
+
+def eager_run(
+    model: LlavaForConditionalGeneration,
+    job: Request,
+    steps: int,
+    now: Callable[[], float],
+    beside: StockSteps | None = None,
+) -> Taken:
     """The whole model eager, with attention matrices returned."""
     model.set_attn_implementation("eager")
     try:
-        return stock_run(model, job, steps, now, output_attentions=True)
+        return stock_run(model, job, steps, now, beside, output_attentions=True)
     finally:
         model.set_attn_implementation("sdpa")
 
@@ -113,13 +141,18 @@ class MethodRun:
         self.drafted: draft.Drafted | None = None
 
     def __call__(
-        self, model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
+        self,
+        model: LlavaForConditionalGeneration,
+        job: Request,
+        steps: int,
+        now: Callable[[], float],
+        beside: StockSteps | None = None,
     ) -> Taken:
         with attach(model, self.method) as session:
             drafting = session.edits.drafting
             if drafting is not None:
                 session._drafted = self.drafted = self.drafted or _draft(session, drafting, model, job)
-            taken = stock_run(model, job, steps, now)
+            taken = stock_run(model, job, steps, now, beside)
             taken.facts = _facts(session)
             second_pass = session.last.text is not None
         if second_pass:  # with the clock of the run, hence once more
@@ -223,18 +256,20 @@ def bench_shape(
         found = [*_chosen(found, only), *(replace(peer, taken=[], around=[]) for peer in peers)]
         now = _clock(clock, device)
 
-        def run(case: Case) -> Taken:
-            tick()
-            return case.run(model, job, steps, now)
-
-        def stock() -> Taken:
-            return stock_run(model, job, steps, now)
-
         bytes_of_stock = memory.peak(lambda: stock_run(model, job, 2, now), device)
         for case in found:
-            case.peak = memory.peak(functools.partial(case.run, model, job, 2, now), device)
+            case.peak = memory.peak(functools.partial(case.run, model, job, 2, now, None), device)
             tick()
-        stock()
+        beside = StockSteps(model, job, now)
+
+        def run(case: Case) -> Taken:
+            tick()
+            return case.run(model, job, steps, now, beside)
+
+        def stock() -> Taken:
+            return stock_run(model, job, 0, now)
+
+        stock_run(model, job, steps, now, beside)  # warm-up
         paired.time_rounds(found, rounds, stock, run)
         answers = whole_answers(model, job, steps, now, min(rounds, 3)) if not only else []
     return _report(shape, found, bytes_of_stock, answers, device)
@@ -284,11 +319,12 @@ def _report(
     control = rows[0]
     off = max(abs(control["prefill"]["ratio"] - 1), abs(control["decode"]["ratio"] - 1))
     around = [taken for case in found for pair in case.around for taken in pair]
+    every = [taken for case in found for taken in case.taken]
     return {
         "shape": asdict(shape),
         "stock": {
             "prefill_s": statistics.median(t.prefill for t in around),
-            "decode_s": statistics.median(t.decode for t in around),
+            "decode_s": statistics.median(t.stock_decode for t in every),
             "peak_bytes": stock_peak,
         },
         "rows": rows,
@@ -305,7 +341,11 @@ def _row(case: Case, stock_peak: int | None, device: str) -> dict[str, Any]:
         "case": case.name,
         "data": case.said,
         "prefill": {**paired.ratio(case, _prefill), "bar": case.bar},
-        "decode": {**paired.ratio(case, _decode), "bar": decode_bar},
+        "decode": {
+            "median_s": statistics.median(t.decode for t in case.taken),
+            "ratio": statistics.median(t.decode / t.stock_decode for t in case.taken),
+            "bar": decode_bar,
+        },
         "memory": {
             "peak_bytes": case.peak,
             "ratio": case.peak / stock_peak if case.peak and stock_peak else None,
@@ -326,10 +366,6 @@ def _prefill(taken: Taken) -> float:
 
 def _bare_prefill(taken: Taken) -> float:
     return taken.prefill - taken.text_pass
-
-
-def _decode(taken: Taken) -> float:
-    return taken.decode
 
 
 def run_edits(
