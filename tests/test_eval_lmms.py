@@ -11,9 +11,12 @@ pytest.importorskip("lmms_eval")
 
 from lmms_eval.api.instance import Instance
 
+from tests import models
 from tests.eval_fakes import FakeVlm
 from vlm_attn.evaluation.answers import cut_at, generation_settings, plain, sample_seed
+from vlm_attn.evaluation.compute import counted
 from vlm_attn.evaluation.lmms import VlmAttnChat, parse_method
+from vlm_attn.wrap import VLM
 
 DOCS = [{"question": "Is there a dog in the image?"}, {"question": "Describe it."}]
 
@@ -130,3 +133,21 @@ def test_stats_become_plain_data() -> None:
 
     value = {"a": np.float32(0.5), 1: torch.tensor([1, 2]), "c": (1, float("nan")), "s": {2, 1}}
     assert plain(value) == {"a": 0.5, "1": [1, 2], "c": [1, None], "s": [1, 2]}
+
+
+def test_decoder_work_is_tokens_of_an_average_layer() -> None:
+    """Prompt and fed-back answer tokens in every layer, less what left, and nothing stays on the model."""
+    with VLM(models.build_llava(4), models.tiny_processor()) as vlm:
+        hooks = [len(layer._forward_pre_hooks) for layer in vlm.family.layers]
+        prompt = vlm.inputs([models.picture()], "w5 w6").input_ids.shape[1]
+        with counted(vlm) as work:
+            vlm.ask(models.picture(), "w5 w6", max_new_tokens=3)
+        assert work.stats() == {"decoder_tokens": prompt + 2}
+        assert [len(layer._forward_pre_hooks) for layer in vlm.family.layers] == hooks
+        vlm.set_method({"name": "fastv", "layer": 2, "keep": 0.5})
+        with counted(vlm) as work:
+            vlm.ask(models.picture(), "w5 w6", max_new_tokens=3)
+        assert work.stats() == {"decoder_tokens": prompt + 2 - models.N_VISUAL / 2 / 2}  # in two layers of four
+    with counted(FakeVlm()) as nothing:
+        pass
+    assert nothing.stats() == {}

@@ -54,7 +54,7 @@ def test_results_keep_the_keys_of_lmms_eval_and_add_ours(finished: RunResult) ->
     results = json.loads((finished.folder / "results.json").read_text())
     for key in ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better", "lmms_eval_version"):
         assert results[key], key
-    for key in ("method", "scores", "paired", "latency", "kept_tokens", "env", "config", "failed"):
+    for key in ("method", "scores", "paired", "latency", "kept_tokens", "decoder_tokens", "env", "config", "failed"):
         assert key in results
     assert results["n-samples"]["scenes_chair"] == {"original": 500, "effective": 12}
     assert "0x" not in json.dumps(results["configs"])

@@ -81,6 +81,19 @@ def test_methods_run_and_noop_changes_nothing(finished: RunResult) -> None:
 
 
 @needs_checkpoint
+def test_every_pass_of_a_method_is_work(finished: RunResult) -> None:
+    for task in FEW["benchmarks"]:
+        work = {label: finished.results["decoder_tokens"][label][task] for label in FEW["methods"]}
+        assert work["noop"] == work["baseline"]
+        assert work["fastv"] < work["baseline"]
+        assert 1.8 * work["baseline"] < work["vcd"] < 2.2 * work["baseline"]
+        assert work["carve"] > 1.5 * work["baseline"]
+    assert finished.report is not None
+    page = finished.report.read_text(encoding="utf-8")
+    assert "<th>compute</th>" in page
+
+
+@needs_checkpoint
 def test_batches_answer_like_single_requests(finished: RunResult, tmp_path: Path) -> None:
     batched = run_config(SMOKE, {**FEW, "batch_size": 2, "output": str(tmp_path), "report": False})
     texts = [

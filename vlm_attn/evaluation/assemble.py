@@ -8,7 +8,7 @@ from typing import Any
 from vlm_attn.evaluation.config import BenchmarkEntry, EvalConfig, method_hash
 from vlm_attn.evaluation.curves import curves
 from vlm_attn.evaluation.recorder import RunRecorder
-from vlm_attn.evaluation.summary import compare, kept_tokens, latency, pope_averages, rater_for
+from vlm_attn.evaluation.summary import compare, decoder_tokens, kept_tokens, latency, pope_averages, rater_for
 
 __all__ = ["HARNESS_KEYS", "assemble"]
 
@@ -35,15 +35,17 @@ def assemble(
     paired: dict[str, Any] = {}
     times: dict[str, Any] = {}
     kept: dict[str, Any] = {}
+    work: dict[str, Any] = {}
     for label in harness:
         digest = method_hash(described[label])
-        for part in (scores, times, kept):
+        for part in (scores, times, kept, work):
             part[label] = {}
         for benchmark in config.benchmarks:
             task = benchmark.name
             rows = recorder.samples(digest, task)
             times[label][task] = latency(recorder.timings(digest, task), config.warmup)
             kept[label][task] = kept_tokens(rows)
+            work[label][task] = decoder_tokens(rows)
             rater = rater_for(task, config.parser, config.data_of(benchmark))
             if rater is None or not rows:
                 continue
@@ -74,6 +76,7 @@ def assemble(
         "pooled": _pooled(config, list(harness), samples, options),
         "curves": points,
         "kept_tokens": kept,
+        "decoder_tokens": work,
         "latency": times,
         "failed": dict(failed),
         "env": dict(env),

@@ -25,7 +25,7 @@ __all__ = ["ResponseCache"]
 
 logger = logging.getLogger(__name__)
 
-_STATS = ("visual_tokens", "kept_tokens", "edited_heads")
+_STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens")
 _PACKAGES = ("vlm_attn", "vlm_attn_methods", "vlm_attn_kernels")
 
 

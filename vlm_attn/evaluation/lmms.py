@@ -21,6 +21,7 @@ from lmms_eval.protocol import ChatMessages
 
 from vlm_attn.evaluation.answers import Produced, cut_at, generation_settings, plain, sample_seed
 from vlm_attn.evaluation.cache import ResponseCache
+from vlm_attn.evaluation.compute import counted
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.progress import Bar, single_bar
 from vlm_attn.evaluation.ranks import Rank, ShareDone
@@ -254,8 +255,9 @@ class VlmAttnChat(lmms):
             if text is None:
                 out += self._padded(vlm, [chat], settings)
                 continue
-            answer = vlm.ask(images[0] if len(images) == 1 else images or None, text, **settings)
-            out.append(Produced(answer.text, n_tokens(answer), plain(answer.stats)))
+            with counted(vlm) as work:
+                answer = vlm.ask(images[0] if len(images) == 1 else images or None, text, **settings)
+            out.append(Produced(answer.text, n_tokens(answer), plain(answer.stats) | work.stats()))
         return out
 
     def _padded(self, vlm: Any, chats: list[ChatMessages], settings: dict[str, Any]) -> list[Produced]:
@@ -277,13 +279,14 @@ class VlmAttnChat(lmms):
         ).to(vlm.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(vlm.model.dtype)
-        output = vlm.generate(**inputs, **settings)
+        with counted(vlm) as work:
+            output = vlm.generate(**inputs, **settings)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = processor.batch_decode(new, skip_special_tokens=True)
         pad = processor.tokenizer.pad_token_id
         share = (perf_counter() - start) / len(chats)
         return [
-            Produced(text, int((row != pad).sum()), {"times": {"total_s": share}})
+            Produced(text, int((row != pad).sum()), {"times": {"total_s": share}} | work.stats(len(chats)))
             for text, row in zip(texts, new, strict=True)
         ]
 

@@ -1,10 +1,10 @@
-"""Plots of a result file as inline SVG: score against latency, bars per split, differences, CHAIR with length, score
-against kept visual tokens."""
+"""Plots of a result file as inline SVG: score against latency and compute, bars per split, differences, CHAIR with
+length, score against kept visual tokens."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -98,7 +98,7 @@ def percent(name: str) -> float:
 
 def all_plots(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """``(title, caption, svg)`` of every plot that the results can fill."""
-    others = (against_latency, splits, differences, captions)
+    others = (against_cost, splits, differences, captions)
     nothing_else = bool(results.get("curves")) and single(results, results["results"]) == [results["baseline"]]
     makers = (against_kept,) if nothing_else else (*others, against_kept)
     with matplotlib.rc_context(STYLE):
@@ -116,49 +116,76 @@ def _mean_interval(scores: Sequence[Mapping[str, Any]], metric: str) -> tuple[fl
 Plot = tuple[str, str, Figure]
 
 
-def against_latency(results: Mapping[str, Any]) -> list[Plot]:
-    """Score against the median time of a sample, one panel per kind of benchmark, one legend for all."""
+Cost = Callable[[Mapping[str, Any], str, Sequence[str]], float | None]
+
+
+def _time(results: Mapping[str, Any], label: str, tasks: Sequence[str]) -> float | None:
+    times = [results["latency"][label].get(task, {}).get("total_s") for task in tasks]
+    return 1000 * float(np.mean([t["median"] for t in times if t])) if all(times) else None
+
+
+def _work(results: Mapping[str, Any], label: str, tasks: Sequence[str]) -> float | None:
+    counts = results.get("decoder_tokens", {})
+    mine, base = ([counts.get(name, {}).get(task) for task in tasks] for name in (label, results["baseline"]))
+    return float(np.mean(mine) / np.mean(base)) if all(mine) and all(base) else None
+
+
+def against_cost(results: Mapping[str, Any]) -> list[Plot]:
+    """Score against time and against compute: a row each, a panel per kind of benchmark, one legend for all."""
     panels = [(kind, metric) for kind, metric in (("pope", "accuracy"), ("chair", "chair_i"))
               if tasks_of(results, kind)]  # fmt: skip
     if not panels:
         return []
-    figure = Figure(figsize=(5.5 * len(panels), 4.3), layout="constrained")
-    hues, marks = colours(results), markers(results)
+    costs: list[tuple[str, Cost]] = [("median time per sample, ms", _time)]
+    if all(_work(results, results["baseline"], tasks_of(results, kind)) for kind, _ in panels):
+        costs.append(("decoder work per sample, x baseline", _work))
+    figure = Figure(figsize=(5.5 * len(panels), 0.8 + 3.4 * len(costs)), layout="constrained")
     handles: dict[str, Any] = {}
-    for axes, (kind, metric) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        names = tasks_of(results, kind)
-        seen = []
-        for label in single(results, results["scores"]):
-            scores = results["scores"][label]
-            times = [results["latency"][label].get(task, {}).get("total_s") for task in names]
-            if not all(task in scores for task in names) or not all(times):
-                continue
-            x = 1000 * float(np.mean([t["median"] for t in times if t]))
-            value, low, high = _mean_interval([scores[task] for task in names], metric)
-            seen.append(x)
-            base = label == results["baseline"]
-            handles[label] = axes.errorbar(
-                x, value, yerr=[[max(0, value - low)], [max(0, high - value)]], color=hues[label],
-                marker=marks[label], markersize=9 if base else 7, elinewidth=1.1, linestyle="none",
-                markeredgecolor="white", markeredgewidth=0.7, zorder=4 if base else 3,
-            )  # fmt: skip
-        lower = metric in LOWER_IS_BETTER
-        name = "CHAIRi, %" if metric == "chair_i" else "accuracy, %" + (" (mean of the splits)" if names[1:] else "")
-        if seen and max(seen) > 5 * min(seen):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-            axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
-        else:
-            axes.set_xlim(left=0)
-        axes.margins(x=0.12, y=0.12)
-        axes.set(title=TITLES[kind], xlabel="median time per sample, ms", ylabel=name)
-        axes.annotate("better", xy=(0.02, 0.03 if lower else 0.97), xytext=(0.04, 0.16 if lower else 0.84),
-                      xycoords="axes fraction", color=SOFT, fontsize=8, va="bottom" if lower else "top",
-                      arrowprops={"arrowstyle": "->", "color": SOFT})  # fmt: skip
+    grid = figure.subplots(len(costs), len(panels), squeeze=False)
+    for row, (unit, cost) in zip(grid, costs, strict=True):
+        for axes, (kind, metric) in zip(row, panels, strict=True):
+            handles |= _scatter(axes, results, kind, metric, cost)
+            axes.set_xlabel(unit)
+            axes.set_title(TITLES[kind] if row is grid[0] else "")
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False,
                   fontsize=8.5, handletextpad=0.3, columnspacing=1.4)  # fmt: skip
-    return [("Score against latency", "Whiskers: 95 % interval. Grey: controls. Times were measured on the machine "
-             "named at the end of this page.", figure)]  # fmt: skip
+    return [("Score against latency and compute", "Whiskers: 95 % interval. Grey: controls. Times were measured on "
+             "the machine named at the end of this page. Decoder work: tokens an average decoder layer processed, "
+             "second branches, drafts and text-only passes among them.", figure)]  # fmt: skip
+
+
+def _scatter(axes: Axes, results: Mapping[str, Any], kind: str, metric: str, cost: Cost) -> dict[str, Any]:
+    """One point per method; returns the legend's handles."""
+    names, hues, marks = tasks_of(results, kind), colours(results), markers(results)
+    handles: dict[str, Any] = {}
+    seen = []
+    for label in single(results, results["scores"]):
+        scores = results["scores"][label]
+        x = cost(results, label, names)
+        if not all(task in scores for task in names) or x is None:
+            continue
+        value, low, high = _mean_interval([scores[task] for task in names], metric)
+        seen.append(x)
+        base = label == results["baseline"]
+        axes.vlines(x, low, high, colors=hues[label], linewidth=1.1, zorder=2)
+        (handles[label],) = axes.plot(
+            x, value, color=hues[label], marker=marks[label], markersize=9 if base else 7, linestyle="none",
+            markeredgecolor="white", markeredgewidth=0.7, zorder=4 if base else 3,
+        )  # fmt: skip
+    lower = metric in LOWER_IS_BETTER
+    if seen and max(seen) > 5 * min(seen):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+    else:
+        axes.set_xlim(left=0)
+    axes.margins(x=0.12, y=0.12)
+    name = "CHAIRi, %" if metric == "chair_i" else "accuracy, %" + (" (mean of the splits)" if names[1:] else "")
+    axes.set_ylabel(name)
+    axes.annotate("better", xy=(0.02, 0.03 if lower else 0.97), xytext=(0.04, 0.16 if lower else 0.84),
+                  xycoords="axes fraction", color=SOFT, fontsize=8, va="bottom" if lower else "top",
+                  arrowprops={"arrowstyle": "->", "color": SOFT})  # fmt: skip
+    return handles
 
 
 def markers(results: Mapping[str, Any]) -> dict[str, str]:
@@ -193,13 +220,15 @@ def _bars(axes: Axes, results: Mapping[str, Any], task: str, metric: str, labels
     hues, scale = colours(results), percent(metric)
     found = [(place, label, results["scores"][label][task]["intervals"][metric])
              for place, label in enumerate(labels) if task in results["scores"][label]]  # fmt: skip
-    for place, label, interval in found:
-        value, low, high = (scale * interval[key] for key in ("value", "low", "high"))
-        axes.barh(place, value, color=hues[label], height=0.62, alpha=0.9)
-        axes.errorbar(value, place, xerr=[[max(0, value - low)], [max(0, high - value)]], color=INK, elinewidth=1,
-                      capsize=2.5)  # fmt: skip
-    lowest = min(scale * interval["low"] for *_, interval in found)
-    highest = max(scale * interval["high"] for *_, interval in found)
+    places = [place for place, *_ in found]
+    # All of a panel at once: artists are what a page of plots costs.
+    value, low, high = (
+        scale * np.array([interval[key] for *_, interval in found]) for key in ("value", "low", "high")
+    )
+    axes.barh(places, value, color=[hues[label] for _, label, _ in found], height=0.62, alpha=0.9)
+    axes.errorbar(value, places, xerr=np.maximum(0, [value - low, high - value]), fmt="none", ecolor=INK,
+                  elinewidth=1, capsize=2.5)  # fmt: skip
+    lowest, highest = low.min(), high.max()
     pad = 0.1 * (highest - lowest or 1.0)
     axes.set_xlim(max(0.0, lowest - 3 * pad), highest + pad)
     base = results["scores"][results["baseline"]][task]["metrics"][metric] * scale
@@ -220,13 +249,15 @@ def differences(results: Mapping[str, Any]) -> list[Plot]:
     figure = Figure(figsize=(2.5 * max(len(wanted), 2), 0.9 + 0.25 * len(labels)), layout="constrained")
     hues = colours(results)
     for axes, (task, metric) in zip(np.atleast_1d(figure.subplots(1, len(wanted), sharey=True)), wanted, strict=True):
-        for place, label in enumerate(labels):
-            pair = results["paired"][label].get(task)
-            if pair is None:
-                continue
-            value, low, high = (percent(metric) * pair["difference"][metric][key] for key in ("value", "low", "high"))
-            axes.errorbar(value, place, xerr=[[max(0, value - low)], [max(0, high - value)]], color=hues[label],
-                          marker="o", markersize=5, elinewidth=1.4)  # fmt: skip
+        found = [(place, hues[label], pair["difference"][metric]) for place, label in enumerate(labels)
+                 if (pair := results["paired"][label].get(task)) is not None]  # fmt: skip
+        places, colors = [place for place, *_ in found], [hue for _, hue, _ in found]
+        value, low, high = (
+            percent(metric) * np.array([difference[key] for *_, difference in found])
+            for key in ("value", "low", "high")
+        )
+        axes.hlines(places, low, high, colors=colors, linewidth=1.4)
+        axes.scatter(value, places, color=colors, s=25, zorder=3)
         axes.axvline(0, color=BASE, linewidth=0.9)
         better = "left" if metric in LOWER_IS_BETTER else "right"
         axes.set(

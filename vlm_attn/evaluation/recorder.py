@@ -14,7 +14,7 @@ from vlm_attn.evaluation.store import JsonLines, dumps, read_json_lines
 __all__ = ["Key", "RunRecorder", "sample_key"]
 
 Key = tuple[str, str, int]
-_STATS = ("visual_tokens", "kept_tokens", "edited_heads")
+_STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens")
 
 
 class RunRecorder:

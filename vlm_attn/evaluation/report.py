@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def build_report(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     plots = [_plot(*plot) for plot in all_plots(results)]
     parts = [_head(results), *plots[:1]]
     parts += [f"<section><h2>{escape(short(task))}</h2>{table}</section>" for task, table in _tables(results)]
-    parts += [*plots[1:], _curves(results), _flips(results, recorder), _parsers(results), _settings(results)]
+    parts += [_pooled(results), *plots[1:], _curves(results), _flips(results, recorder), _parsers(results)]
+    parts.append(_settings(results))
     return page(f"vlm-attn: {results['model']}", "".join(parts))
 
 
@@ -120,29 +121,67 @@ def _tables(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         heads = ["method", *(tables.title(name) for name in names), f"Δ {tables.title(compared)} [95 %]"]
         heads += ["McNemar p"] if first["kind"] not in ("chair", "amber_g") else ["p"]
         heads.append("p (Holm)")
-        heads += ["tokens kept", "1st token", "per token", "total ms", "p90"]
+        heads += ["tokens kept", "compute", "1st token", "per token", "total ms", "p90"]
         lines = []
         for label, score in rows.items():
             pair = results["paired"].get(label, {}).get(task)
-            cells = [f"<span class='dot' style='background:{hues[label]}'></span>{escape(label)}"]
-            cells += [f"{tables.shown(name, score['metrics'][name])} <small>±"
-                      f"{tables.half_width(name, score['intervals'][name])}</small>" for name in names]  # fmt: skip
+            cells = [_dotted(label, hues)]
+            cells += [_spread(score, name) for name in names]
             cells += [*_compared(pair, compared), _small(holm[label, task]) if pair else ""]
             kept, times = results["kept_tokens"][label].get(task, {}), results["latency"][label].get(task, {})
             cells.append(f"{kept['kept_tokens']:.0f} of {kept['visual_tokens']:.0f}" if kept else "–")
+            cells.append(tables.work(results, label, task))
             cells += [tables.milliseconds(times, name) for name in ("first_token_s", "decode_s_per_token", "total_s")]
             cells.append(f"{1000 * times['total_s']['p90']:.0f}" if "total_s" in times else "–")
-            kind = "base" if label == results["baseline"] else "control" if is_control(results, label) else ""
-            lines.append(f"<tr class='{kind}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+            lines.append(_line(results, label, cells))
         reading = f", answers read by the <code>{escape(first['parser'])}</code> parser" if "parser" in first else ""
         on = f"{_many(first['n'], 'sample')} on {_many(first['images'], 'picture')}{reading}"
         note = (
-            f"<p class='note'>{on}. Percent, ± half of the 95 % interval; times are medians in ms over the samples "
-            f"after {_many(results['config']['warmup'], 'warm-up')}. With {_many(len(holm), 'comparison')} in this "
-            "run some differences look real by chance: p (Holm) is adjusted for their number, colours are not.</p>"
+            f"<p class='note'>{on}. Percent, ± half of the 95 % interval; compute is the tokens that an average "
+            "decoder layer processed per sample, every pass counted, over the baseline's; times are medians in ms "
+            f"over the samples after {_many(results['config']['warmup'], 'warm-up')}. With "
+            f"{_many(len(holm), 'comparison')} in this run some differences look real by chance: p (Holm) is adjusted "
+            "for their number, colours are not.</p>"
         )
-        yield task, f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>{note}"
+        yield task, _table(heads, lines) + note
+
+
+def _pooled(results: Mapping[str, Any]) -> str:
+    """POPE over all splits of a source together, each method beside the baseline."""
+    sources = list(dict.fromkeys(source for pools in results.get("pooled", {}).values() for source in pools))
+    hues, out = colours(results), []
+    for source in sources:
+        rows = {label: pools[source] for label, pools in results["pooled"].items() if source in pools}
+        first = next(iter(rows.values()))
+        names = tables.METRICS[first["kind"]]
+        heads = ["method", *map(tables.title, names), f"Δ {tables.title('accuracy')} [95 %]", "McNemar p"]
+        lines = [
+            _line(results, label, [_dotted(label, hues), *(_spread(score, name) for name in names),
+                                   *_compared(score.get("paired"), "accuracy")])
+            for label, score in rows.items()
+        ]  # fmt: skip
+        note = f"<p class='note'>{', '.join(map(short, first['splits']))} together; the bootstrap draws pictures.</p>"
+        out.append(f"<section><h2>{escape(short(source))}, pooled</h2>{_table(heads, lines)}{note}</section>")
+    return "".join(out)
+
+
+def _dotted(label: str, hues: Mapping[str, str]) -> str:
+    return f"<span class='dot' style='background:{hues[label]}'></span>{escape(label)}"
+
+
+def _spread(score: Mapping[str, Any], name: str) -> str:
+    half = tables.half_width(name, score["intervals"][name])
+    return f"{tables.shown(name, score['metrics'][name])} <small>±{half}</small>"
+
+
+def _line(results: Mapping[str, Any], label: str, cells: Sequence[str]) -> str:
+    kind = "base" if label == results["baseline"] else "control" if is_control(results, label) else ""
+    return f"<tr class='{kind}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _table(heads: Sequence[str], lines: Sequence[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    return f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _compared(pair: Mapping[str, Any] | None, metric: str) -> list[str]:

@@ -6,7 +6,8 @@ Folder of a run:
 - ``timings.jsonl``: the measured times of the same samples. Only this file and ``latency`` below differ between an
   uninterrupted run and one that was killed and continued.
 - ``results.json``: lmms-eval's keys with one level for the method (``results[method][task]``), plus ``scores``
-  (intervals, all parsers), ``method``, ``paired``, ``kept_tokens``, ``latency``, ``env``, ``failed``.
+  (intervals, all parsers), ``method``, ``paired``, ``pooled``, ``curves``, ``kept_tokens``, ``decoder_tokens``,
+  ``latency``, ``env``, ``failed``.
 - ``methods/<label>.json``: lmms-eval's own result of one method, in its own shape.
 - ``report.html``, ``config.yaml`` (resolved), ``run.json`` (what must agree to continue), ``harness.log``.
 - ``ranks/``: work of several processes while it lasts (`ranks`, `launch`).

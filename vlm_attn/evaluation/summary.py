@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from vlm_attn.evaluation import chair, mme, parsers
 from vlm_attn.evaluation import statistics as st
 
-__all__ = ["HEADLINE", "Rater", "compare", "flips", "kept_tokens", "latency", "pope_averages", "rater_for"]
+__all__ = [
+    "HEADLINE",
+    "Rater",
+    "compare",
+    "decoder_tokens",
+    "flips",
+    "kept_tokens",
+    "latency",
+    "pope_averages",
+    "rater_for",
+]
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -328,6 +338,12 @@ def kept_tokens(samples: Sequence[Row]) -> dict[str, float]:
         return {}
     total, kept = (float(np.mean(column)) for column in zip(*pairs, strict=True))
     return {"visual_tokens": total, "kept_tokens": kept, "keep_ratio": kept / total}
+
+
+def decoder_tokens(samples: Sequence[Row]) -> float | None:
+    """Mean decoder work per sample (`compute.Work`), None if not reported."""
+    found = [float(row["decoder_tokens"]) for row in samples if row.get("decoder_tokens") is not None]
+    return float(np.mean(found)) if found else None
 
 
 def number(value: Any) -> float | None:

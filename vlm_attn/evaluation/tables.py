@@ -24,6 +24,7 @@ __all__ = [
     "shown",
     "title",
     "verdict",
+    "work",
 ]
 
 METRICS: dict[str, tuple[str, ...]] = {
@@ -169,6 +170,13 @@ def _averages(means: Mapping[str, Mapping[str, float]]) -> Table:
     for label, row in means.items():
         table.add_row(label, *(shown(name, row[name]) if name in row else "-" for name in names))
     return table
+
+
+def work(results: Mapping[str, Any], label: str, task: str) -> str:
+    """Decoder work per sample as a multiple of the baseline's."""
+    counts = results.get("decoder_tokens", {})
+    mine, base = (counts.get(name, {}).get(task) for name in (label, results["baseline"]))
+    return f"{mine / base:.2f}" if mine and base else "–"
 
 
 def p_value(pair: Mapping[str, Any]) -> float:
