@@ -142,11 +142,11 @@ def against_cost(results: Mapping[str, Any]) -> list[Plot]:
     figure = Figure(figsize=(5.5 * len(panels), 0.8 + 3.4 * len(costs)), layout="constrained")
     handles: dict[str, Any] = {}
     grid = figure.subplots(len(costs), len(panels), squeeze=False)
-    for row, (unit, cost) in zip(grid, costs, strict=True):
-        for axes, (kind, metric) in zip(row, panels, strict=True):
+    for number, (unit, cost) in enumerate(costs):
+        for axes, (kind, metric) in zip(grid[number], panels, strict=True):
             handles |= _scatter(axes, results, kind, metric, cost)
             axes.set_xlabel(unit)
-            axes.set_title(TITLES[kind] if row is grid[0] else "")
+            axes.set_title("" if number else TITLES[kind])
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6, frameon=False,
                   fontsize=8.5, handletextpad=0.3, columnspacing=1.4)  # fmt: skip
     return [("Score against latency and compute", "Whiskers: 95 % interval. Grey: controls. Times were measured on "
