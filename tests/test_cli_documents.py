@@ -46,8 +46,12 @@ def test_the_method_of_the_guide() -> None:
 
 
 def test_the_files_of_the_configuration_page() -> None:
-    config, recipe_file = (yaml.safe_load(block) for block in blocks("docs/configuration.md", "yaml"))
+    config, sweeps, recipe_file = (yaml.safe_load(block) for block in blocks("docs/configuration.md", "yaml"))
     assert [m.label for m in build_config(config).methods] == ["baseline", "fastv", "fastv 24", "both"]
+    labels = [m.label for m in build_config({**config, **sweeps}).methods]
+    assert labels[:3] == ["baseline", "fastv keep=0.5", "fastv keep=0.3334"]
+    assert "himap debiased keep=0.17+0.04" in labels
+    assert labels[-1] == "fastv auto"
     assert [m.name for m in recipe.pipeline(recipe_file)] == ["fastv", "vcd"]
     for code in blocks("docs/usage.md", "python")[3:4]:
         for line in code.splitlines():

@@ -73,4 +73,4 @@ def _product(rows: Tensor, members: Tensor) -> Tensor:
     if members.shape[1] > 1:
         return rows @ members
     b, h, r, n = rows.shape
-    return torch.bmm(rows.reshape(b, h * r, n), members[:, 0]).view(b, h, r, -1)
+    return torch.bmm(rows.reshape(b, h * r, n), members[:, 0]).view(b, h, r, members.shape[-1])

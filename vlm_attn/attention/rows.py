@@ -18,7 +18,7 @@ def row_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None
     b, h, r, d = query.shape
     kv = key.shape[1]
     grouped = (query.float() * scaling).reshape(b * kv, h // kv * r, d)
-    logits = torch.bmm(grouped, key.float().flatten(0, 1).transpose(1, 2)).view(b, h, r, -1)
+    logits = torch.bmm(grouped, key.float().flatten(0, 1).transpose(1, 2)).view(b, h, r, key.shape[2])
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -43,7 +43,9 @@ def row_outputs(weights: Tensor, value: Tensor) -> Tensor:
     """fp32 head outputs ``[B, H, R, d]`` of weights ``[B, H, R, N]`` on values ``[B, Hkv, N, d]``."""
     b, h, r, n = weights.shape
     kv = value.shape[1]
-    return torch.bmm(weights.reshape(b * kv, h // kv * r, n), value.float().flatten(0, 1)).view(b, h, r, -1)
+    return torch.bmm(weights.reshape(b * kv, h // kv * r, n), value.float().flatten(0, 1)).view(
+        b, h, r, value.shape[-1]
+    )
 
 
 def chunks(rows: Tensor, batch: int, heads: int, keys: int) -> Iterator[Tensor]:
