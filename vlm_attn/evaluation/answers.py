@@ -14,6 +14,10 @@ __all__ = ["Produced", "cut_at", "generation_settings", "plain", "sample_seed"]
 GENERATION_KEYS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty")
 
 
+STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens")
+"""The session's numbers that stay with a stored answer; times do not."""
+
+
 @dataclass
 class Produced:
     """One answer: text without the prompt, number of new tokens, the session's numbers, generation settings."""

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm_attn.evaluation import environment
-from vlm_attn.evaluation.answers import Produced, plain
+from vlm_attn.evaluation.answers import STATS, Produced, plain
 from vlm_attn.evaluation.store import dumps, write_text
 
 __all__ = ["ResponseCache"]
 
 logger = logging.getLogger(__name__)
 
-_STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens")
 _PACKAGES = ("vlm_attn", "vlm_attn_methods", "vlm_attn_kernels")
 
 
@@ -63,7 +62,7 @@ class ResponseCache:
 
     def put(self, key: str, produced: Produced) -> None:
         """Store an answer. A folder that cannot be written ends caching, not the run."""
-        stats = {name: plain(produced.stats[name]) for name in _STATS if name in produced.stats}
+        stats = {name: plain(produced.stats[name]) for name in STATS if name in produced.stats}
         row = {"key": key, "text": produced.text, "n_tokens": produced.n_tokens, "stats": stats}
         if self._broken:
             return

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-__all__ = ["Work", "counted"]
+__all__ = ["Work", "counted", "relative"]
 
 
 @dataclass
@@ -42,3 +43,10 @@ def counted(vlm: Any) -> Iterator[Work]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def relative(results: Mapping[str, Any], label: str, tasks: Sequence[str]) -> float | None:
+    """Decoder work per sample of a column over the baseline's, mean over tasks; None where it was not counted."""
+    counts = results.get("decoder_tokens", {})
+    mine, base = ([counts.get(name, {}).get(task) for task in tasks] for name in (label, results["baseline"]))
+    return fmean(mine) / fmean(base) if all(mine) and all(base) else None

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from vlm_attn.evaluation.compute import relative
 from vlm_attn.evaluation.summary import LOWER_IS_BETTER
 
 __all__ = ["all_plots", "colours"]
@@ -124,12 +125,6 @@ def _time(results: Mapping[str, Any], label: str, tasks: Sequence[str]) -> float
     return 1000 * float(np.mean([t["median"] for t in times if t])) if all(times) else None
 
 
-def _work(results: Mapping[str, Any], label: str, tasks: Sequence[str]) -> float | None:
-    counts = results.get("decoder_tokens", {})
-    mine, base = ([counts.get(name, {}).get(task) for task in tasks] for name in (label, results["baseline"]))
-    return float(np.mean(mine) / np.mean(base)) if all(mine) and all(base) else None
-
-
 def against_cost(results: Mapping[str, Any]) -> list[Plot]:
     """Score against time and against compute: a row each, a panel per kind of benchmark, one legend for all."""
     panels = [(kind, metric) for kind, metric in (("pope", "accuracy"), ("chair", "chair_i"))
@@ -137,8 +132,8 @@ def against_cost(results: Mapping[str, Any]) -> list[Plot]:
     if not panels:
         return []
     costs: list[tuple[str, Cost]] = [("median time per sample, ms", _time)]
-    if all(_work(results, results["baseline"], tasks_of(results, kind)) for kind, _ in panels):
-        costs.append(("decoder work per sample, x baseline", _work))
+    if all(relative(results, results["baseline"], tasks_of(results, kind)) for kind, _ in panels):
+        costs.append(("decoder work per sample, x baseline", relative))
     figure = Figure(figsize=(5.5 * len(panels), 0.8 + 3.4 * len(costs)), layout="constrained")
     handles: dict[str, Any] = {}
     grid = figure.subplots(len(costs), len(panels), squeeze=False)

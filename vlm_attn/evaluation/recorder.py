@@ -7,14 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from vlm_attn.evaluation.answers import Produced, plain
+from vlm_attn.evaluation.answers import STATS, Produced, plain
 from vlm_attn.evaluation.config import ConfigError
 from vlm_attn.evaluation.store import JsonLines, dumps, read_json_lines
 
 __all__ = ["Key", "RunRecorder", "sample_key"]
 
 Key = tuple[str, str, int]
-_STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens")
 
 
 class RunRecorder:
@@ -81,7 +80,7 @@ class RunRecorder:
             "settings": produced.settings,
             "doc": plain(facts),
             "doc_hash": _digest(prompt, doc),
-            **{name: stats.get(name) for name in _STATS if name in stats},
+            **{name: stats.get(name) for name in STATS if name in stats},
         }
         self._timings.append(timing, sync=False)
         self._times[key] = timing

@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from vlm_attn.evaluation.compute import relative
 from vlm_attn.evaluation.statistics import holm
 from vlm_attn.evaluation.summary import LOWER_IS_BETTER
 
@@ -174,9 +175,8 @@ def _averages(means: Mapping[str, Mapping[str, float]]) -> Table:
 
 def work(results: Mapping[str, Any], label: str, task: str) -> str:
     """Decoder work per sample as a multiple of the baseline's."""
-    counts = results.get("decoder_tokens", {})
-    mine, base = (counts.get(name, {}).get(task) for name in (label, results["baseline"]))
-    return f"{mine / base:.2f}" if mine and base else "–"
+    share = relative(results, label, [task])
+    return "–" if share is None else f"{share:.2f}"
 
 
 def p_value(pair: Mapping[str, Any]) -> float:
