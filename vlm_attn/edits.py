@@ -50,6 +50,10 @@ class Edits:
         self.scales = [(i, m) for i, m in self.all if isinstance(m, HeadScale)]
         self.layers = {i: _with_attention(m, m.edit_layers(info), attention, info) for i, m in self.all}
         self.scale_layers = {i: frozenset(m.scale_layers(info)).intersection(attention) for i, m in self.scales}
+        inside = (LogitMap, KeyBias, RowEdit, SegmentEdit)
+        # Layers whose heads are scaled, and those whose attention may change in decoding: no other pays for it.
+        self.gated_layers = frozenset(n for layers in self.scale_layers.values() for n in layers)
+        self.decode_layers = frozenset(n for i, m in self.all if isinstance(m, inside) for n in self.layers[i])
 
     @property
     def text_stream_layers(self) -> frozenset[int]:
@@ -160,7 +164,7 @@ class Edits:
         out = []
         for i, edit in self.maps:
             found = request.maps.get((i, layer), KeyMap())
-            if found.scale is None and found.boost is None:
+            if (found.scale is None and found.boost is None) or self._idle(edit.rows, layer, request):
                 continue
             known = next(x.shape[-1] for x in (found.scale, found.boost) if x is not None)
             if known < call.keys:
@@ -174,9 +178,14 @@ class Edits:
         return tuple(out)
 
     @staticmethod
+    def _idle(rows: Rows, layer: int, request: Request) -> bool:
+        """Whether an edit of such rows has none, because no sample shows a picture."""
+        return rows != "all" and not request.pictured(layer).some
+
+    @staticmethod
     def _gate(rows: Rows, layer: int, call: Call, request: Request) -> Tensor:
         """bool ``[B, Q]``: the rows of this call that an edit acts in."""
-        tokens, has_image = request.tokens_at(layer), request.pictured(layer)
+        tokens, has_image = request.tokens_at(layer), request.pictured(layer).rows
         prefill = call.queries == call.keys
         if rows == "all":
             return tokens.valid if prefill else torch.ones_like(has_image).expand(-1, call.queries)
@@ -230,13 +239,16 @@ class Edits:
         items: list[Gated] = []
         for i, edit in self.rows:
             waiting = edit.source is not None and i not in request.memory
-            if layer in self.layers[i] and not waiting:
+            if layer in self.layers[i] and not waiting and not self._idle("last", layer, request):
                 view = replace(self._view(edit, layer, None, request), tokens=request.grown(layer, call.keys))
                 item = Remembered(edit, view, request.memory.get(i))
                 items.append((item, self._gate("last", layer, call, request)))
         for i, segment in self.segments:
-            if (i, layer) in request.labelled and (frozen or not segment.wants_columns):
-                items.append((request.labelled[i, layer], self._gate(segment.rows, layer, call, request)))
+            if self._idle(segment.rows, layer, request):
+                continue
+            labelled = request.labelled.get((i, layer))
+            if labelled is not None and not labelled.neutral and (frozen or not segment.wants_columns):
+                items.append((labelled, self._gate(segment.rows, layer, call, request)))
         return items
 
     def weights(self, layer: int, call: Call, rows: Tensor, request: Request) -> Tensor:
@@ -248,8 +260,8 @@ class Edits:
         items = self._items(layer, call, request)
         if not items and not call.maps:
             return None
-        out, edited = edit_decode(call, items)
-        self._count(layer, edited, request)
+        out, edited = edit_decode(call, items, request.pictured(layer).every)
+        request.count(layer, edited)
         return out
 
     def _soften(self, layer: int, call: Call, out: Tensor, request: Request) -> Tensor:
@@ -297,7 +309,7 @@ class Edits:
     @staticmethod
     def _count(layer: int, edited: int, request: Request) -> None:
         if edited:
-            request.edited[layer] = request.edited.get(layer, 0) + edited
+            request.count(layer, lambda: edited)
 
     # -------------------------------------------------------------------------------------------------- head scale
 

@@ -130,9 +130,14 @@ class Pruner:
         if scores:
             self.readings.take(scores, call, request, request.notes.pop(TABLES, None))
 
+    @property
+    def cuts_heads(self) -> bool:
+        """Whether whole heads are silenced, before ``o_proj``."""
+        return self.prune is not None and self.prune.cuts_heads
+
     def cut_heads(self, number: int, x: Tensor, request: Request) -> Tensor:
         """The ``o_proj`` input ``[B, Q, H * d]`` of a layer with the heads silenced that were cut in the prefill."""
-        if self.prune is None or not self.prune.cuts_heads:
+        if self.prune is None or not self.cuts_heads:
             return x
         notes, here = request.notes, f"{LIVE} {number}"
         prefill = here not in notes

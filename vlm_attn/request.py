@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from .attention.plans import Labelled
 from .families import Media
 from .stages import EncoderScore, KeyMap, RowScore, Words
 from .tokens import TokenMap
+
+Count = Callable[[], int | Tensor]
+"""How many triples an edit changed, worked out when it is called."""
 
 if TYPE_CHECKING:
     from .streams import TextStream
@@ -40,6 +44,16 @@ class PruneStage:
     shifted: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
+@dataclass(frozen=True)
+class Pictured:
+    """Samples with visual tokens: bool ``rows [B, 1]``, and whether they are ``some`` or ``every`` one."""
+
+    tokens: TokenMap
+    rows: Tensor
+    some: bool
+    every: bool
+
+
 @dataclass
 class Request:
     """Per-request state of one session."""
@@ -63,12 +77,26 @@ class Request:
     encoder: dict[EncoderScore, Tensor] = field(default_factory=dict, repr=False)
     words: Words | None = None
     text: TextStream | None = field(default=None, repr=False)
-    edited: dict[int, int] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     cache_id: int | None = None
     compacted: PruneStage | None = None
     _grown: dict[int, TokenMap] = field(default_factory=dict, repr=False)
-    _pictured: dict[int, tuple[TokenMap, Tensor]] = field(default_factory=dict, repr=False)
+    _pictured: dict[int, Pictured] = field(default_factory=dict, repr=False)
+    _edited: dict[int, int] = field(default_factory=dict, repr=False)
+    _uncounted: list[tuple[int, Count]] = field(default_factory=list, repr=False)
+
+    @property
+    def edited(self) -> dict[int, int]:
+        """Per layer: (sample, head, row) triples that edits changed so far."""
+        for layer, count in self._uncounted:
+            if number := int(count()):
+                self._edited[layer] = self._edited.get(layer, 0) + number
+        self._uncounted.clear()
+        return self._edited
+
+    def count(self, layer: int, edited: Count) -> None:
+        """Notes what an edit changed; counted when somebody asks, because a count waits for the device."""
+        self._uncounted.append((layer, edited))
 
     def stage_at(self, layer: int) -> PruneStage | None:
         """The stage whose kept slots layer ``layer`` runs on; behind the prompt, those that its cache holds."""
@@ -96,14 +124,16 @@ class Request:
             found = self._grown[first] = prompt.extend(keys - prompt.length)
         return found
 
-    def pictured(self, layer: int) -> Tensor:
-        """bool ``[B, 1]``: whether any visual token of the sample reaches ``layer``."""
+    def pictured(self, layer: int) -> Pictured:
+        """The samples of which a visual token reaches ``layer``."""
         stage = self.stage_at(layer)
         tokens = self.tokens if stage is None else stage.tokens
-        found = self._pictured.get(0 if stage is None else stage.layer)
-        if found is None or found[0] is not tokens:
-            found = self._pictured[0 if stage is None else stage.layer] = tokens, tokens.vis.any(1, keepdim=True)
-        return found[1]
+        first = 0 if stage is None else stage.layer
+        found = self._pictured.get(first)
+        if found is None or found.tokens is not tokens:
+            rows = tokens.vis.any(1, keepdim=True)
+            found = self._pictured[first] = Pictured(tokens, rows, bool(rows.any()), bool(rows.all()))
+        return found
 
     def kept(self, layer: int) -> list[Tensor]:
         """Per sample: positions (in the padded prompt) of the visual tokens that reach ``layer``."""

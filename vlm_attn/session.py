@@ -87,7 +87,7 @@ class Session:
         self.edits = Edits(self.methods, self.info, [n for n, _ in self.family.attentions()])
         self.request: Request | None = None
         self.image_sizes: list[list[tuple[int, int]]] | None = None
-        self.refined = False
+        self.refined = self.attached = False
         self.recorder: Recorder | None = None
         self._suspended = 0
         self._drafted: draft.Drafted | None = None
@@ -100,7 +100,6 @@ class Session:
         self.encoder = EncoderReader(self.model, self.edits.encoder_scores, reading, tap)
         self._lm_start: float | None = None
         self._installed = Installation()
-        self.attached = False
         self._install()
 
     # --------------------------------------------------------------------------------------------- attach, detach
@@ -132,7 +131,8 @@ class Session:
         for number, layer in enumerate(family.layers):
             installed.pre_hook(layer, functools.partial(self._before_layer, number))
         for number, attention in family.attentions():
-            installed.pre_hook(family.output_projection(attention), functools.partial(self._before_o_proj, number))
+            if self.pruner.cuts_heads or number in self.edits.gated_layers:
+                installed.pre_hook(family.output_projection(attention), functools.partial(self._before_o_proj, number))
         if self.pruner.projector is not None:
             installed.pre_hook(self.pruner.projector, self._before_projector)
         installed.pre_hook(self.model, self._before_model)
@@ -324,8 +324,7 @@ class Session:
             )
         request.seen += queries
         self.fits_window(request.seen)
-        pruned = request.stage_at(0)
-        if pruned is None:
+        if (pruned := request.stage_at(0)) is None:
             return None
         return args, pruning.lm_decode(pruned, request, kwargs, past, self._positions_given)
 
@@ -400,7 +399,8 @@ class Session:
         request = None if self._suspended else self._running
         reading = self.recorder is not None and layer in self.recorder.layers
         dry = self._dry == layer
-        if request is None and not reading and not dry:
+        untouched = request is None or (query.shape[2] == 1 < key.shape[2] and layer not in self.edits.decode_layers)
+        if untouched and not reading and not dry:
             return base(module, query, key, value, mask, **kwargs)
         causal = kwargs.get("is_causal")
         if kwargs.get("s_aux") is not None:

@@ -31,14 +31,15 @@ class RowMap:
     gate: Tensor
     everywhere: bool = False
 
-    def apply(self, logits: Tensor, rows: Tensor, index: Tensor | None = None) -> Tensor:
-        """Logits ``[B, H, R, N]`` of the query rows ``rows [R]`` after the map; ``index [B, H, N]`` picks keys."""
+    def apply(self, logits: Tensor, rows: Tensor | None, index: Tensor | None = None) -> Tensor:
+        """Logits ``[B, H, R, N]`` of the query rows ``rows [R]`` (None = all) after the map; ``index [B, H, N]`` picks
+        keys."""
         out = logits
         if self.scale is not None:
             out = out * _per_key(self.scale, index)
         if self.boost is not None:
             out = out + _per_key(self.boost, index) * logits.abs()
-        gate = self.gate if self.gate.shape[1] == 1 else self.gate[:, rows]
+        gate = self.gate if rows is None else self.gate[:, rows]
         return torch.where(gate[:, None, :, None], out, logits)
 
 
@@ -116,14 +117,14 @@ class Call:
         shared = torch.div(heads, self.group, rounding_mode="floor")
         return self.query[:, heads], self.key[:, shared], self.value[:, shared]
 
-    def scores(self, rows: Tensor, heads: Tensor | None = None) -> Tensor:
-        """fp32 ``[B, H, R, N]`` of the query rows ``rows [R]`` before maps, biases and mask."""
+    def scores(self, rows: Tensor | None, heads: Tensor | None = None) -> Tensor:
+        """fp32 ``[B, H, R, N]`` of the query rows ``rows [R]`` (None = all) before maps, biases and mask."""
         query, key, _ = self.heads(heads)
-        query = query if self.queries == 1 else query.index_select(2, rows)
+        query = query if rows is None else query.index_select(2, rows)
         return row_logits(query, key, self.scaling, self.softcap)
 
-    def logits(self, rows: Tensor, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None) -> Tensor:
-        """Exact fp32 logits ``[B, H, R, N]`` of the query rows ``rows [R]``: softcap, maps, biases, mask.
+    def logits(self, rows: Tensor | None, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None) -> Tensor:
+        """Exact fp32 logits ``[B, H, R, N]`` of the query rows ``rows [R]`` (None = all): softcap, maps, biases, mask.
 
         Args:
             maps: the maps to apply, all of them by default.
@@ -132,7 +133,7 @@ class Call:
         return self.finish(logits, rows, heads, maps)
 
     def finish(
-        self, logits: Tensor, rows: Tensor, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None
+        self, logits: Tensor, rows: Tensor | None, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None
     ) -> Tensor:
         """Adds to :meth:`scores` what :meth:`logits` says."""
         for item in self.maps if maps is None else maps:
@@ -145,8 +146,10 @@ class Call:
         )
         return logits if mask is None else logits + mask
 
-    def weights(self, rows: Tensor, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None) -> Tensor:
-        """Exact fp32 weights ``[B, H, R, N]`` of the query rows ``rows [R]``."""
+    def weights(
+        self, rows: Tensor | None, heads: Tensor | None = None, maps: Sequence[RowMap] | None = None
+    ) -> Tensor:
+        """Exact fp32 weights ``[B, H, R, N]`` of the query rows ``rows [R]`` (None = all)."""
         return self.logits(rows, heads, maps).softmax(-1)
 
 

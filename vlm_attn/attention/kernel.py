@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -43,11 +44,10 @@ def edit_rows(call: Call, item: Labelled, gate: Tensor, out: Tensor) -> tuple[Te
     return result, int(opened.sum())
 
 
-def edit_decode(call: Call, item: Labelled, gate: Tensor) -> tuple[Tensor | None, int]:
-    """The one new row, ``[B, 1, H, d]``, or None where no head changes; and how many (sample, head) pairs do."""
+def edit_decode(call: Call, item: Labelled, gate: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The one new row, ``[B, 1, H, d]``, and how to count the (sample, head) pairs that changed."""
     edited, opened = _run(call, item, gate, 0)
-    count = int(opened.sum())
-    return (edited.contiguous(), count) if count else (None, 0)
+    return edited.contiguous(), opened.sum
 
 
 def _run(call: Call, item: Labelled, gate: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..stages import SegmentEdit
+
+Changed = Callable[[], Tensor] | None
+"""Where weights changed, bool ``[B, H, R]``, worked out when it is called; None: nowhere."""
 
 # Forms that grow with the answer are made this much longer than the keys at hand, so that few steps make them anew.
 SPARE = 64
@@ -18,7 +23,8 @@ class Labelled:
     """A segment edit with the labels of one layer's prompt keys (uint8 ``[B, n]`` or ``[B, H, n]``).
 
     ``members`` fp32 ``[B, 1 or H, n, G]`` is the one-hot form, ``counts`` fp32 ``[B, G]`` or ``[B, H, G]`` the segment
-    sizes, ``heads`` bool ``[H]`` the edited heads (None = all), ``grown`` the members with generated tokens behind.
+    sizes, ``heads`` bool ``[H]`` the edited heads (None = all), ``grown`` the members with generated tokens behind;
+    ``neutral``: it changes nothing, whatever the weights.
     """
 
     edit: SegmentEdit
@@ -26,6 +32,7 @@ class Labelled:
     members: Tensor
     counts: Tensor
     heads: Tensor | None = None
+    neutral: bool = False
     grown: list[Tensor] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
@@ -33,23 +40,27 @@ class Labelled:
         """Computes the derived forms once."""
         members = torch.nn.functional.one_hot(labels.long(), edit.segments).float()
         counts = members.sum(-2)
-        return cls(edit, labels, members[:, None] if labels.dim() == 2 else members, counts, heads)
+        said = edit.mix(counts)
+        neutral = said is not None and (said[0].keep == 1 or said[0].gate_min > 1)
+        return cls(edit, labels, members[:, None] if labels.dim() == 2 else members, counts, heads, neutral)
 
     def scales(self, masses: Tensor) -> Tensor:
         """The edit's factors ``[B, H, R, G]``, 1 in heads it leaves alone."""
         scales = self.edit.scales(masses, self.counts)
         return scales if self.heads is None else torch.where(self.heads[None, :, None, None], scales, 1.0)
 
-    def apply(self, weights: Tensor, active: Tensor) -> Tensor:
-        """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]``."""
+    def apply(self, weights: Tensor, active: Tensor | None) -> Tensor:
+        """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]`` (None = all)."""
         return self.change(weights, active)[0]
 
-    def change(self, weights: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and bool ``[B, H, R]``: where a weight changed."""
+    def change(self, weights: Tensor, active: Tensor | None) -> tuple[Tensor, Changed]:
+        """The same, and where a weight changed."""
         members = self._members_at(weights.shape[-1])
         masses = _product(weights, members)
-        scales = torch.where(active, self.scales(masses), 1.0)
-        return weights * _product(scales, members.transpose(-1, -2)), self.changes(scales, masses)
+        scales = self.scales(masses)
+        scales = scales if active is None else torch.where(active, scales, 1.0)
+        edited = weights * _product(scales, members.transpose(-1, -2))
+        return edited, functools.partial(self.changes, scales, masses)
 
     @staticmethod
     def changes(scales: Tensor, masses: Tensor) -> Tensor:

@@ -57,14 +57,15 @@ def visible(
 
 
 def row_bias(
-    mask: Any, rows: Tensor, batch: int, queries: int, keys: int, device: torch.device, causal: bool = True
+    mask: Any, rows: Tensor | None, batch: int, queries: int, keys: int, device: torch.device, causal: bool = True
 ) -> Tensor | None:
-    """fp32 additive mask ``[B or 1, H or 1, R, KV]`` of the query rows; None when they see every key."""
+    """fp32 additive mask ``[B or 1, H or 1, R, KV]`` of the query rows (None = all); None when they see every key."""
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         part = mask[..., :keys]
-        return (part if queries == 1 else part.index_select(2, rows.to(mask.device))).float()
+        return (part if rows is None else part.index_select(2, rows.to(mask.device))).float()
     if mask is None and queries == 1:
         return None
+    rows = torch.arange(queries, device=device) if rows is None else rows
     seen = visible(mask, rows, batch, queries, keys, device, causal)
     return torch.zeros(seen.shape, device=device).masked_fill_(~seen, _neg(torch.float32))
 

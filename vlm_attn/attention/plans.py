@@ -9,7 +9,7 @@ so that no full block of weights is ever held.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..stages import EditView, RowEdit
 from . import kernel, segments
 from .call import Call, RowMap, fused_inputs
-from .labelled import Labelled
+from .labelled import Changed, Labelled
 from .rows import chunks, row_outputs
 
 # From this many edited rows on, the LSE route costs less memory than exact rows at equal work.
@@ -34,15 +34,21 @@ class Remembered:
     view: EditView
     memory: Any
 
-    def apply(self, weights: Tensor, active: Tensor) -> Tensor:
-        """The weights ``[B, H, 1, N]`` of the last row after the edit, where ``active [B, 1, 1, 1]``."""
-        edited = self.edit.edit(weights[:, :, 0], self.view, self.memory)[:, :, None]
-        return torch.where(active, edited, weights)
+    def apply(self, weights: Tensor, active: Tensor | None) -> Tensor:
+        """The weights ``[B, H, 1, N]`` of the last row after the edit, where ``active [B, 1, 1, 1]`` (None = all)."""
+        row = weights[:, :, 0]
+        edited = self.edit.edit(row, self.view, self.memory)
+        if edited is row:
+            return weights
+        return edited[:, :, None] if active is None else torch.where(active, edited[:, :, None], weights)
 
-    def change(self, weights: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and bool ``[B, H, 1]``: where a weight changed."""
+    def change(self, weights: Tensor, active: Tensor | None) -> tuple[Tensor, Changed]:
+        """The same, and where a weight changed."""
         edited = self.apply(weights, active)
-        return edited, edited.ne(weights).any(-1)
+        if edited is weights:
+            return weights, None
+        changed = edited.ne(weights).any(-1)  # now: both would have to be held otherwise
+        return edited, lambda: changed
 
 
 Item = Labelled | Remembered
@@ -50,24 +56,35 @@ Gated = tuple[Item, Tensor]
 """An edit and the rows it acts in, bool ``[B, Q]``."""
 
 
-def edit_decode(call: Call, edits: Sequence[Gated]) -> tuple[Tensor | None, int]:
+def edit_decode(
+    call: Call, edits: Sequence[Gated], every: bool = False
+) -> tuple[Tensor | None, Callable[[], Tensor | int]]:
     """Plan P1: the one new row is computed exactly, edited, and used as it is; no fused call runs beside it.
 
+    Args:
+        every: the edits act in every sample.
+
     Returns:
-        output ``[B, 1, H, d]``, or None where no weight changes (the caller then runs the backend), and the number
-        of (sample, head) pairs that were edited.
+        output ``[B, 1, H, d]``, None where no edit does anything (the caller then runs the backend), and how to count
+        the (sample, head) pairs that were edited.
     """
     if len(edits) == 1 and kernel.suits(edits[0][0], call):
         return kernel.edit_decode(call, edits[0][0], edits[0][1])
-    weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.query.device))
-    touched = [mapped.gate[:, None] for mapped in call.maps]  # a map that acts changes every head
+    weights = call.weights(None)
+    shape = weights.shape[:3]
+    touched: list[Callable[[], Tensor]] = [functools.partial(_whole, mapped.gate[:, None]) for mapped in call.maps]
     for item, gate in edits:
-        weights, changed = item.change(weights, gate[:, None, :, None])
-        touched.append(changed)
-    edited = int(functools.reduce(torch.logical_or, touched).expand(weights.shape[:3]).sum()) if touched else 0
-    if edited == 0:
-        return None, 0
-    return row_outputs(weights, call.value).transpose(1, 2).to(call.query.dtype).contiguous(), edited
+        weights, changed = item.change(weights, None if every else gate[:, None, :, None])
+        touched += [] if changed is None else [changed]
+    if not touched:
+        return None, int
+    out = row_outputs(weights, call.value).transpose(1, 2).to(call.query.dtype).contiguous()
+    return out, lambda: functools.reduce(torch.logical_or, [found() for found in touched]).expand(shape).sum()
+
+
+def _whole(gate: Tensor) -> Tensor:
+    """A map that acts changes every head."""
+    return gate
 
 
 def edit_rows(call: Call, out: Tensor, edits: Sequence[Gated]) -> tuple[Tensor, int]:
