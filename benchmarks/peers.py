@@ -15,13 +15,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration
 
 from vlm_attn import bench
 
@@ -39,27 +37,22 @@ class Prepared:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": self.job.pixels}
 
 
-def mitigv_pai(
-    model: LlavaForConditionalGeneration,
-    job: bench.Request,
-    steps: int,
-    now: Callable[[], float],
-    beside: bench.StockSteps | None,
-) -> bench.Taken:
-    """One answer of ``steps + 1`` tokens."""
+def mitigv_pai(trial: bench.Trial) -> bench.Taken:
+    """One answer of ``trial.steps + 1`` tokens."""
     from mitigv.algorithms.pai import PAI
 
+    model, beside = trial.model, trial.beside
     started: list[float] = []
     seconds: list[float] = []
     stock: list[float] = []
 
     def ended(*_: Any) -> None:
-        seconds.append(now() - started[-1])
+        seconds.append(trial.now() - started[-1])
         if beside is not None:
             stock.append(beside())
 
     hooks = [
-        model.register_forward_pre_hook(lambda *_: started.append(now())),
+        model.register_forward_pre_hook(lambda *_: started.append(trial.now())),
         model.register_forward_hook(ended),
     ]
     if beside is not None:
@@ -70,8 +63,8 @@ def mitigv_pai(
         # The class on the bare model: the adapter that its `mitigate` puts around it hides the decoder layers of
         # transformers 5.23 from it.
         pai = PAI(
-            model=model, processor=Prepared(job), alpha=0.2, gamma=1.0, start_layer=2, end_layer=layers,
-            max_new_tokens=steps + 1, do_sample=False,
+            model=model, processor=Prepared(trial.job), alpha=0.2, gamma=1.0, start_layer=2, end_layer=layers,
+            max_new_tokens=trial.steps + 1, do_sample=False,
         )  # fmt: skip
         pai(None, "<image>")
     finally:
@@ -79,7 +72,7 @@ def mitigv_pai(
         for hook in hooks:
             hook.remove()
     decode = statistics.median(seconds[1:])
-    return bench.Taken(seconds[0], decode, statistics.median(stock or [decode]), {"calls": len(seconds)})
+    return bench.Taken(seconds[0], decode, statistics.median(stock or [decode]), facts={"calls": len(seconds)})
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -121,15 +122,15 @@ def test_miniature_run_of_all_edits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_case_is_compared_with_the_stock_runs_around_it() -> None:
     pace, order = iter([1.0, 1.0, 3.0, 3.0, 3.0, 3.0]), []
 
-    def stock() -> edits.Taken:
+    def stock() -> turns.Taken:
         order.append("stock")
-        return edits.Taken(next(pace), 1.0)
+        return turns.Taken(next(pace), 1.0)
 
-    def run(case: edits.Case) -> edits.Taken:
+    def run(case: edits.Case) -> turns.Taken:
         order.append(case.name)
-        return edits.Taken(2.0, 1.0, 1.0)
+        return turns.Taken(2.0, 1.0, 1.0)
 
-    found = [edits.Case(name, edits.stock_run) for name in ("a", "b", "c")]
+    found = [edits.Case(name, turns.Trial.run) for name in ("a", "b", "c")]
     paired.time_round(found, stock, run)
     assert order == ["stock", "a", "b", "stock", "c", "stock"]
     ratios = [edits._row(case, None, "cpu")["prefill"]["ratio"] for case in found]
@@ -138,8 +139,8 @@ def test_a_case_is_compared_with_the_stock_runs_around_it() -> None:
 
 @pytest.mark.parametrize(("ratio", "valid"), [(1.04, True), (0.96, True), (1.06, False), (0.94, False)])
 def test_a_loud_control_voids_the_edits(ratio: float, valid: bool) -> None:
-    even = edits.Taken(1.0)
-    control = edits.Case(edits.CONTROL, edits.stock_run, taken=[edits.Taken(1.0, ratio, 1.0)], around=[(even, even)])
+    even = turns.Taken(1.0)
+    control = edits.Case(edits.CONTROL, turns.Trial.run, taken=[turns.Taken(1.0, ratio, 1.0)], around=[(even, even)])
     result = edits._report(edits.SHAPES["deep"], [control], None, [], "cpu")
     assert result["valid"] is valid
     assert ("VOID" in report._edit_caption(result)) is not valid
@@ -153,12 +154,13 @@ def test_stock_steps_are_taken_on_the_same_weights_untouched_by_what_is_attached
     beside = turns.StockSteps(model, job, iter(range(100)).__next__)
     before = {name: value.data_ptr() for name, value in model.named_parameters()}
     assert {name: value.data_ptr() for name, value in beside.model.named_parameters()} == before
-    taken = edits.stock_run(model, job, 3, iter(range(100)).__next__, beside)
+    trial = turns.Trial(model, job, 3, iter(range(100)).__next__, beside)
+    taken = trial.run()
     assert (taken.prefill, taken.decode, taken.stock_decode) == (1, 1, 1)
     assert beside.cache is not None
     assert beside.cache.get_seq_length() == job.ids.shape[1] + 3
     with vlm_attn.attach(model, vlm_attn.method("vas_boost", image=0.5)) as session:
-        edits.stock_run(model, job, 1, iter(range(100)).__next__, beside)
+        dataclasses.replace(trial, steps=1).run()
         assert beside.cache.get_seq_length() == job.ids.shape[1] + 1
         assert session.last.seen == job.ids.shape[1] + 1
 

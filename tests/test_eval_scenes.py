@@ -18,6 +18,7 @@ pytest.importorskip("lmms_eval")
 import vlm_attn
 from tests.test_eval_runner import compare, lines, unmeasured
 from vlm_attn.evaluation import run_config
+from vlm_attn.evaluation.kept import drawing, masks
 from vlm_attn.evaluation.runner import RunResult
 from vlm_attn.evaluation.scenes_docs import documents, object_words, picture
 from vlm_attn.evaluation.store import read_json_lines
@@ -101,6 +102,40 @@ def test_batches_answer_like_single_requests(finished: RunResult, tmp_path: Path
         for f in (finished.folder, batched.folder)
     ]
     assert texts[0] == texts[1]
+    assert noted_masks(finished) == noted_masks(batched)
+
+
+def noted_masks(result: RunResult) -> dict[tuple[str, str, int], list[str]]:
+    rows = read_json_lines(result.folder / "samples.jsonl")
+    return {
+        (r["method"], r["task"], r["doc_id"]): r["kept_mask"] for r in rows if "kept_mask" in r and not r["doc_id"]
+    }
+
+
+@needs_checkpoint
+def test_the_report_draws_what_a_pruner_kept(finished: RunResult) -> None:
+    noted = noted_masks(finished)
+    assert set(noted) == {("fastv", task, 0) for task in FEW["benchmarks"]}
+    rows = read_json_lines(finished.folder / "samples.jsonl")
+    for (_, task, _), mask in noted.items():
+        row = next(r for r in rows if (r["method"], r["task"], r["doc_id"]) == ("fastv", task, 0))
+        cells = "".join(mask)
+        share = row["kept_tokens"]["last"] / row["visual_tokens"]
+        assert 0 < share < 1
+        assert cells.count("1") / len(cells) == pytest.approx(share, abs=0.02)
+        model = vlm_attn.wrap("scenes", "fastv")
+        model.ask(picture(row["doc"]), row["prompt"], max_new_tokens=1)
+        assert masks(model, [[picture(row["doc"])]]) == [{"kept_mask": mask}]
+    assert finished.report is not None
+    page = finished.report.read_text(encoding="utf-8")
+    assert "<h2>Kept visual tokens</h2>" in page
+    assert page.count("<use href='#seen'/>") == 1
+
+
+def test_a_mask_is_drawn_as_its_dropped_runs() -> None:
+    svg = drawing(["0110", "1111", "1001"], "seen", (40, 30))
+    path = "M0.0 0.0h10.0v10.0h-10.0zM30.0 0.0h10.0v10.0h-10.0zM10.0 20.0h20.0v10.0h-20.0z"
+    assert f"d='{path}'" in svg
 
 
 @needs_checkpoint

@@ -217,6 +217,19 @@ class VLM:
                 return probe.kept(picture, text)
         raise ValueError(f"unknown heatmap kind '{kind}': choose 'contrast', 'attention' or 'kept'")
 
+    def kept_map(self, image: ImageLike, row: int = 0) -> np.ndarray:
+        """Which visual tokens the request that ran last kept, as in ``heatmap(kind="kept")``, without asking again.
+
+        Args:
+            image: the one picture of the sample.
+            row: the sample's place in the batch.
+
+        Raises:
+            UnsupportedError: the model's visual tokens have no grid.
+        """
+        with lock_of(self.model):
+            return ModelProbe(self, self._live()).kept_last(load_image(image), row)
+
     def measure(self, image: ImageLike, text: str, *, rounds: int = 5, **generate_kwargs: Any) -> dict[str, float]:
         """Median times of ``ask`` over ``rounds`` runs after one warm-up, in seconds."""
         if rounds < 1:

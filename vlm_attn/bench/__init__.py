@@ -7,12 +7,12 @@ pruning method: budget, FLOPs, prefill, whole answer, memory, and what choosing 
 
 from __future__ import annotations
 
-from .edits import Case, Runner, Taken, edit_ticks, run_edits
+from .edits import Case, Runner, edit_ticks, run_edits
 from .overview import CONTROL, SHAPES, ideal_ratio, run_bench, ticks
 from .prune import prune_ticks, run_prune
 from .report import print_report, tables
 from .setup import Request, Shape
-from .turns import StockSteps
+from .turns import Taken, Trial
 
 __all__ = [
     "CONTROL",
@@ -21,8 +21,8 @@ __all__ = [
     "Request",
     "Runner",
     "Shape",
-    "StockSteps",
     "Taken",
+    "Trial",
     "edit_ticks",
     "ideal_ratio",
     "print_report",

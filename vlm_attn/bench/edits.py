@@ -9,11 +9,10 @@ of stock, the run is void.
 from __future__ import annotations
 
 import functools
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -24,7 +23,7 @@ from ..session import Session, attach
 from ..stages import Method, RowEdit
 from . import memory, overview, paired, setup
 from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
-from .turns import StockSteps
+from .turns import StockSteps, Taken, Trial
 
 CONTROL = "noop control"
 EAGER = "eager, attentions returned"
@@ -42,29 +41,8 @@ GPU_SHAPES = {"7b-640": _7B, "7b-2944": replace(_7B, name="7b-2944", visual=2880
 GPU_BARS = {"var": 1.10, "vhr": 1.02, "decode": 1.03}
 
 
-@dataclass
-class Taken:
-    """One run: seconds of the prefill, of a decoded token, of a stock one taken in turn with it, and what was seen."""
-
-    prefill: float
-    decode: float = math.nan
-    stock_decode: float = math.nan
-    facts: dict[str, Any] = field(default_factory=dict)
-    text_pass: float = 0.0
-
-
-class Runner(Protocol):
-    """A way of running the prompt and ``steps`` tokens."""
-
-    def __call__(
-        self,
-        model: LlavaForConditionalGeneration,
-        job: Request,
-        steps: int,
-        now: Callable[[], float],
-        beside: StockSteps | None,
-    ) -> Taken:
-        """One run; between its decode steps those of ``beside``, if given."""
+Runner = Callable[[Trial], Taken]
+"""A way of running the prompt and the tokens behind it."""
 
 
 @dataclass
@@ -90,84 +68,41 @@ class Case:
 # ------------------------------------------------------------------------------------------------------- the runs
 
 
-def stock_run(
-    model: LlavaForConditionalGeneration,
-    job: Request,
-    steps: int,
-    now: Callable[[], float],
-    beside: StockSteps | None = None,
-    **extra: Any,
-) -> Taken:
-    """The prompt and ``steps`` tokens, with whatever is attached; the median step counts."""
-    start = now()
-    cache = setup.prefill(model, job, encode=True, **extra)
-    prefill = now() - start
-    own, stock = [], []
-    if beside is not None:
-        beside.restart()
-    for _ in range(steps):
-        if beside is not None:
-            stock.append(beside())
-        start = now()
-        setup.decode(model, job, cache, 1, **extra)
-        own.append(now() - start)
-    return Taken(prefill, _median(own), _median(stock))
-
-
-def _median(seconds: list[float]) -> float:
-    return statistics.median(seconds) if seconds else math.nan
-
-
-def eager_run(
-    model: LlavaForConditionalGeneration,
-    job: Request,
-    steps: int,
-    now: Callable[[], float],
-    beside: StockSteps | None = None,
-) -> Taken:
+def eager_run(trial: Trial) -> Taken:
     """The whole model eager, with attention matrices returned."""
-    model.set_attn_implementation("eager")
+    trial.model.set_attn_implementation("eager")
     try:
-        return stock_run(model, job, steps, now, beside, output_attentions=True)
+        return trial.run(output_attentions=True)
     finally:
-        model.set_attn_implementation("sdpa")
+        trial.model.set_attn_implementation("sdpa")
 
 
 class MethodRun:
-    """The same with a method attached; attaching itself and a draft are not timed."""
+    """A run with a method attached; attaching itself and a draft are not timed."""
 
     def __init__(self, chosen: Method):
         self.method = chosen
         self.drafted: draft.Drafted | None = None
 
-    def __call__(
-        self,
-        model: LlavaForConditionalGeneration,
-        job: Request,
-        steps: int,
-        now: Callable[[], float],
-        beside: StockSteps | None = None,
-    ) -> Taken:
-        with attach(model, self.method) as session:
+    def __call__(self, trial: Trial) -> Taken:
+        with attach(trial.model, self.method) as session:
             drafting = session.edits.drafting
             if drafting is not None:
-                session._drafted = self.drafted = self.drafted or _draft(session, drafting, model, job)
-            taken = stock_run(model, job, steps, now, beside)
+                session._drafted = self.drafted = self.drafted or _draft(session, drafting, trial)
+            taken = trial.run()
             taken.facts = _facts(session)
             second_pass = session.last.text is not None
         if second_pass:  # with the clock of the run, hence once more
-            start = now()
-            setup.prefill(model, job, text_only=True)
-            taken.text_pass = now() - start
+            start = trial.now()
+            setup.prefill(trial.model, trial.job, text_only=True)
+            taken.apart = trial.now() - start
         return taken
 
 
-def _draft(
-    session: Session, drafting: tuple[int, RowEdit], model: LlavaForConditionalGeneration, job: Request
-) -> draft.Drafted:
+def _draft(session: Session, drafting: tuple[int, RowEdit], trial: Trial) -> draft.Drafted:
     number, edit = drafting
-    generate = functools.partial(type(model).generate, model)
-    inputs = {"input_ids": job.ids, "pixel_values": job.pixels}
+    generate = functools.partial(type(trial.model).generate, trial.model)
+    inputs = {"input_ids": trial.job.ids, "pixel_values": trial.job.pixels}
     return draft.run(session, edit, session.edits.layers[number], generate, (), inputs)
 
 
@@ -256,21 +191,20 @@ def bench_shape(
         found = [*_chosen(found, only), *(replace(peer, taken=[], around=[]) for peer in peers)]
         now = _clock(clock, device)
 
-        bytes_of_stock = memory.peak(lambda: stock_run(model, job, 2, now), device)
+        trial = Trial(model, job, steps, now, StockSteps(model, job, now))
+        alone = replace(trial, steps=2, beside=None)
+
+        bytes_of_stock = memory.peak(alone.run, device)
         for case in found:
-            case.peak = memory.peak(functools.partial(case.run, model, job, 2, now, None), device)
+            case.peak = memory.peak(functools.partial(case.run, alone), device)
             tick()
-        beside = StockSteps(model, job, now)
 
         def run(case: Case) -> Taken:
             tick()
-            return case.run(model, job, steps, now, beside)
+            return case.run(trial)
 
-        def stock() -> Taken:
-            return stock_run(model, job, 0, now)
-
-        stock_run(model, job, steps, now, beside)  # warm-up
-        paired.time_rounds(found, rounds, stock, run)
+        trial.run()  # warm-up
+        paired.time_rounds(found, rounds, replace(alone, steps=0).run, run)
         answers = whole_answers(model, job, steps, now, min(rounds, 3)) if not only else []
     return _report(shape, found, bytes_of_stock, answers, device)
 
@@ -341,11 +275,7 @@ def _row(case: Case, stock_peak: int | None, device: str) -> dict[str, Any]:
         "case": case.name,
         "data": case.said,
         "prefill": {**paired.ratio(case, _prefill), "bar": case.bar},
-        "decode": {
-            "median_s": statistics.median(t.decode for t in case.taken),
-            "ratio": statistics.median(t.decode / t.stock_decode for t in case.taken),
-            "bar": decode_bar,
-        },
+        "decode": {**paired.decode_ratio(case), "bar": decode_bar},
         "memory": {
             "peak_bytes": case.peak,
             "ratio": case.peak / stock_peak if case.peak and stock_peak else None,
@@ -353,8 +283,8 @@ def _row(case: Case, stock_peak: int | None, device: str) -> dict[str, Any]:
         },
         "facts": case.taken[-1].facts,
     }
-    if any(taken.text_pass for taken in case.taken):
-        row["text_only_pass_s"] = statistics.median(taken.text_pass for taken in case.taken)
+    if any(taken.apart for taken in case.taken):
+        row["text_only_pass_s"] = statistics.median(taken.apart for taken in case.taken)
         row["prefill_without_text_pass"] = {**paired.ratio(case, _bare_prefill, _prefill), "bar": case.bar}
         row["prefill"]["bar"] = None
     return row
@@ -365,7 +295,7 @@ def _prefill(taken: Taken) -> float:
 
 
 def _bare_prefill(taken: Taken) -> float:
-    return taken.prefill - taken.text_pass
+    return taken.prefill - taken.apart
 
 
 def run_edits(

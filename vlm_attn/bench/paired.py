@@ -51,3 +51,11 @@ def ratio(
     units = [statistics.fmean(map(of_stock or read, pair)) for pair in case.around]
     ratios = [value / unit for value, unit in zip(values, units, strict=True)]
     return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
+
+
+def decode_ratio(case: Timed) -> dict[str, float]:
+    """Median decode step of a case's runs, in seconds and over the stock steps taken in turn with each."""
+    return {
+        "median_s": statistics.median(taken.decode for taken in case.taken),
+        "ratio": statistics.median(taken.decode / taken.stock_decode for taken in case.taken),
+    }

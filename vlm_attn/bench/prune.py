@@ -1,9 +1,10 @@
 """Every pruning method against the stock model: what it keeps, what that allows, what it gives, what choosing costs.
 
 The language model is timed on random weights, the tiny vision tower along with it. Each round times every case once,
-in rotating order, with a stock run before the first, after the last and after every second one; a time is divided by
-the mean of the stock runs around it. A pruner that keeps everything is timed along: where it does not land within 5 %
-of stock, the run is void.
+in rotating order. A prefill is divided by the mean of the stock prefills around it (one before the first case, after
+the last and after every second one); decode steps alternate with stock's on a twin of the model and are divided by
+those. A pruner that keeps everything is timed along: where it does not land within 5 % of stock, the run is void. A
+text prompt as long as the shortest pruned one is timed too: no choice of tokens can be faster.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-from transformers import LlavaForConditionalGeneration
 
 from ..kit.budgets import equivalent_tokens
 from ..registry import method
@@ -22,10 +21,12 @@ from ..session import Session, attach
 from ..stages import Method
 from . import memory, paired, setup
 from .overview import CONTROL, ideal_ratio
-from .setup import CLOCKS, CONTROL_TOLERANCE, Request, Shape
+from .setup import CLOCKS, CONTROL_TOLERANCE, Shape
+from .turns import StockSteps, Taken, Trial
 
 FORMULA = "(2 + 2 s) n d^2 + n (n + 1) d + 3 n d m per layer, s = share of key/value heads (vlm_attn/flops.py, causal)"
 SHARE = 1 / 9
+SHORT = "short prompt"
 BARS = {"input": 0.85, "layer 2": 0.90}
 SCORING_BAR, DECODE_BAR = 0.02, 1.0
 
@@ -36,35 +37,27 @@ SHAPES = {
 
 
 @dataclass
-class Taken:
-    """One run in seconds: prefill, one decoded token, and what of the prefill went into choosing."""
-
-    prefill: float
-    decode: float
-    scoring: float = 0.0
-
-
-@dataclass
 class Case:
     """One row of the table.
 
     Attributes:
+        method: None in the short text prompt.
         kind: where tokens leave: ``input``, ``layer 2``, ``stages`` or ``encoder``; the first two have a bar.
         attention: the choice is made by attention alone, whose cost has a bar.
     """
 
     name: str
-    method: Method
+    method: Method | None
     kind: str
     attention: bool = False
     taken: list[Taken] = field(default_factory=list)
     around: list[tuple[Taken, Taken]] = field(default_factory=list)
-    per_layer: list[int] = field(default_factory=list)
     peak: int | None = None
 
 
 def cases(shape: Shape) -> list[Case]:
-    """The keep-all control and every pruning method, one ninth kept where the budget is one number."""
+    """The keep-all control, a text prompt of the short length and every pruning method, one ninth kept where the
+    budget is one number."""
 
     def case(name: str, kind: str, attention: bool = False, label: str = "", **params: Any) -> Case:
         return Case(label or name, method(name, **params), kind, attention)
@@ -72,6 +65,7 @@ def cases(shape: Shape) -> list[Case]:
     ninth: dict[str, Any] = {"keep": SHARE}
     return [
         case("fastv", "control", label=CONTROL, keep=1.0),
+        Case(SHORT, None, "floor"),
         case("random_prune", "input", layer=0, **ninth),
         case("uniform_prune", "input", layer=0, **ninth),
         case("norm_prune", "input", **ninth),
@@ -86,6 +80,7 @@ def cases(shape: Shape) -> list[Case]:
         case("cdpruner", "input", **ninth),
         case("zoo_prune", "input", label="zoo_prune m=8", m=8, **ninth),
         case("fastv", "layer 2", True, **ninth),
+        case("fastv", "layer 2", True, "fastv auto", keep="auto"),
         case("dart", "layer 2", **ninth),
         case("tokencarve", "layer 2", **ninth),
         case("himap", "stages", True),
@@ -127,30 +122,25 @@ class _Meter:
         setattr(owner, name, timed)
 
 
-def _pass(
-    model: LlavaForConditionalGeneration, job: Request, steps: int, now: Callable[[], float]
-) -> tuple[float, float]:
-    start = now()
-    cache = setup.prefill(model, job, encode=True)
-    middle = now()
-    setup.decode(model, job, cache, steps)
-    return middle - start, (now() - middle) / steps
-
-
-def run_case(
-    model: LlavaForConditionalGeneration, job: Request, case: Case, steps: int, now: Callable[[], float]
-) -> Taken:
+def run_case(trial: Trial, shape: Shape, case: Case) -> Taken:
     """One run with the method attached; attaching itself is not timed."""
-    with attach(model, case.method) as session:
-        meter = _Meter(now)
+    if case.method is None:
+        kept = round(shape.visual * SHARE)
+        short = replace(trial, job=setup.words(trial.model, shape.text + kept))
+        taken = short.run()
+        taken.facts["per_layer"] = [kept] * shape.layers
+        return taken
+    with attach(trial.model, case.method) as session:
+        meter = _Meter(trial.now)
         watched = ("read", "_read_ahead", "_cut", "cut_heads")
         for name in watched:
             meter.watch(session.pruner, name)
         if session.encoder.shrinker is not None:
             meter.watch(session.encoder.shrinker, "_decide")
-        prefill, decode = _pass(model, job, steps, now)
-        case.per_layer = _lengths(session)
-    return Taken(prefill, decode, meter.seconds)
+        taken = trial.run()
+        taken.facts["per_layer"] = _lengths(session)
+    taken.apart = meter.seconds
+    return taken
 
 
 def _lengths(session: Session) -> list[int]:
@@ -173,43 +163,44 @@ def bench_shape(
         now = CLOCKS[clock]
         found = chosen(cases(shape), only)
 
+        trial = Trial(model, job, steps, now, StockSteps(model, job, now))
+        alone = replace(trial, steps=1, beside=None)
+
         def run(case: Case) -> Taken:
             tick()
-            return run_case(model, job, case, steps, now)
+            return run_case(trial, shape, case)
 
-        def stock() -> Taken:
-            return Taken(*_pass(model, job, steps, now))
-
-        bytes_of_stock = memory.peak(lambda: _pass(model, job, 1, now), "cpu")
+        bytes_of_stock = memory.peak(alone.run, "cpu")
         for case in found:
-            case.peak = memory.peak(functools.partial(run_case, model, job, case, 1, now), "cpu")
+            case.peak = memory.peak(functools.partial(run_case, alone, shape, case), "cpu")
             tick()
-        stock()
+        trial.run()  # warm-up
         for case in found:
             run(case)
-        paired.time_rounds(found, rounds, stock, run)
+        paired.time_rounds(found, rounds, replace(alone, steps=0).run, run)
     return _report(shape, found, steps, bytes_of_stock)
 
 
 def chosen(found: list[Case], only: Sequence[str]) -> list[Case]:
-    """The cases of these methods, and the control.
+    """The cases of these methods, the control and the short prompt.
 
     Raises:
         ValueError: no case of that name.
     """
-    names = {case.method.name for case in found}
+    names = {case.method.name for case in found if case.method is not None}
     for name in only:
         if name not in names:
             raise ValueError(f"unknown pruning method {name!r}: choose from {', '.join(sorted(names))}")
-    return [case for case in found if not only or case.method.name in only or case.name == CONTROL]
+    named = (*only, CONTROL, SHORT)
+    return [case for case in found if not only or case.name in named or (case.method and case.method.name in only)]
 
 
 # --------------------------------------------------------------------------------------------------------- report
 
 
 def _report(shape: Shape, found: list[Case], steps: int, stock_peak: int | None) -> dict[str, Any]:
-    stock = [taken for case in found for pair in case.around for taken in pair]
-    stock_prefill = statistics.median(taken.prefill for taken in stock)
+    stock_prefill = statistics.median(taken.prefill for case in found for pair in case.around for taken in pair)
+    stock_decode = statistics.median(taken.stock_decode for case in found for taken in case.taken)
     rows = [_row(shape, case, steps, stock_prefill, stock_peak) for case in found]
     control = rows[0]
     off = max(abs(control[name]["ratio"] - 1) for name in ("prefill", "decode"))
@@ -218,7 +209,7 @@ def _report(shape: Shape, found: list[Case], steps: int, stock_peak: int | None)
         "flops_formula": FORMULA,
         "stock": {
             "prefill_s": stock_prefill,
-            "decode_s": statistics.median(taken.decode for taken in stock),
+            "decode_s": stock_decode,
             "peak_bytes": stock_peak,
         },
         "rows": rows,
@@ -230,23 +221,21 @@ def _report(shape: Shape, found: list[Case], steps: int, stock_peak: int | None)
 
 def _row(shape: Shape, case: Case, steps: int, stock_prefill: float, stock_peak: int | None) -> dict[str, Any]:
     prefill = paired.ratio(case, lambda taken: taken.prefill)
-    ideal = ideal_ratio(shape, [shape.text + n for n in case.per_layer])
-    scoring = statistics.median(taken.scoring for taken in case.taken)
+    per_layer = case.taken[-1].facts["per_layer"]
+    ideal = ideal_ratio(shape, [shape.text + n for n in per_layer])
+    scoring = statistics.median(taken.apart for taken in case.taken)
     return {
         "case": case.name,
         "kind": case.kind,
-        "nominal": nominal(case.method),
-        "equivalent_tokens": equivalent_tokens(case.per_layer),
-        "visual_tokens_per_layer": case.per_layer,
+        "nominal": "" if case.method is None else nominal(case.method),
+        "equivalent_tokens": equivalent_tokens(per_layer),
+        "visual_tokens_per_layer": per_layer,
         "flops_ideal": ideal,
         "prefill": prefill,
         "of_ideal_speedup": ideal / prefill["ratio"],
         "of_ideal_bar": BARS.get(case.kind),
-        "end_to_end": {
-            **paired.ratio(case, lambda taken: taken.prefill + steps * taken.decode),
-            "decode_steps": steps,
-        },
-        "decode": {**paired.ratio(case, lambda taken: taken.decode), "bar": DECODE_BAR},
+        "end_to_end": {"ratio": _end_to_end(case, steps), "decode_steps": steps},
+        "decode": {**paired.decode_ratio(case), "bar": DECODE_BAR},
         "scoring": {
             "median_s": scoring,
             "of_stock_prefill": scoring / stock_prefill,
@@ -257,6 +246,15 @@ def _row(shape: Shape, case: Case, steps: int, stock_prefill: float, stock_peak:
             "ratio": case.peak / stock_peak if case.peak and stock_peak else None,
         },
     }
+
+
+def _end_to_end(case: Case, steps: int) -> float:
+    """Prefill and ``steps`` tokens over stock's."""
+    return statistics.median(
+        (taken.prefill + steps * taken.decode)
+        / (statistics.fmean(stock.prefill for stock in pair) + steps * taken.stock_decode)
+        for taken, pair in zip(case.taken, case.around, strict=True)
+    )
 
 
 def nominal(chosen: Method) -> str:

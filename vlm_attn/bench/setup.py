@@ -91,11 +91,12 @@ class Request:
     """A prompt with its pictures, their features, and the tokens of the decode steps.
 
     Attributes:
+        pixels: None in a prompt without pictures.
         features: None where the model takes pixels only (transformers 5.17): every prefill then encodes them.
     """
 
     ids: Tensor
-    pixels: Tensor
+    pixels: Tensor | None
     features: Any
     next_ids: list[int] = field(default_factory=lambda: list(range(11, 43)))
 
@@ -125,6 +126,12 @@ def request(model: LlavaForConditionalGeneration, shape: Shape) -> Request:
     return Request(ids, pixels, features if resolve(model).takes_features else None)
 
 
+def words(model: LlavaForConditionalGeneration, tokens: int) -> Request:
+    """A prompt of text alone."""
+    ids = torch.randint(3, 900, (1, tokens), generator=torch.Generator().manual_seed(1))
+    return Request(ids.to(model.device), None, None)
+
+
 def prefill(
     model: LlavaForConditionalGeneration,
     job: Request,
@@ -139,6 +146,7 @@ def prefill(
         text_only: without the pictures.
         encode: run the vision tower too, instead of handing over its features (if there are any).
     """
+    text_only = text_only or job.pixels is None
     ids = job.text_ids if text_only else job.ids
     if (encode or job.features is None) and not text_only:
         extra["pixel_values"] = job.pixels

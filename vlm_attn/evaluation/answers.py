@@ -14,7 +14,7 @@ __all__ = ["Produced", "cut_at", "generation_settings", "plain", "sample_seed"]
 GENERATION_KEYS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample", "repetition_penalty")
 
 
-STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens")
+STATS = ("visual_tokens", "kept_tokens", "edited_heads", "decoder_tokens", "kept_mask")
 """The session's numbers that stay with a stored answer; times do not."""
 
 

@@ -22,6 +22,7 @@ from lmms_eval.protocol import ChatMessages
 from vlm_attn.evaluation.answers import Produced, cut_at, generation_settings, plain, sample_seed
 from vlm_attn.evaluation.cache import ResponseCache
 from vlm_attn.evaluation.compute import counted
+from vlm_attn.evaluation.kept import masks
 from vlm_attn.evaluation.matching import unknown_name
 from vlm_attn.evaluation.progress import Bar, single_bar
 from vlm_attn.evaluation.ranks import Rank, ShareDone
@@ -247,18 +248,23 @@ class VlmAttnChat(lmms):
         self, vlm: Any, chats: list[ChatMessages], settings: dict[str, Any], task: str, doc_id: int
     ) -> list[Produced]:
         seed_all(vlm.model, sample_seed(self.seed, task, doc_id))
-        if len(chats) > 1 and not one_by_one(vlm):
-            return self._padded(vlm, chats, settings)
-        out = []
-        for chat in chats:
-            images, text = single_turn(chat)
-            if text is None:
-                out += self._padded(vlm, [chat], settings)
-                continue
-            with counted(vlm) as work:
-                answer = vlm.ask(images[0] if len(images) == 1 else images or None, text, **settings)
-            out.append(Produced(answer.text, n_tokens(answer), plain(answer.stats) | work.stats()))
+        batches = [[chat] for chat in chats] if one_by_one(vlm) else [chats]
+        out: list[Produced] = []
+        for batch in batches:
+            produced = self._one(vlm, batch[0], settings) if len(batch) == 1 else self._padded(vlm, batch, settings)
+            if doc_id == 0:  # one picture per benchmark is drawn in the report
+                for item, mask in zip(produced, masks(vlm, [chat.extract_media()[0] for chat in batch]), strict=True):
+                    item.stats |= mask
+            out += produced
         return out
+
+    def _one(self, vlm: Any, chat: ChatMessages, settings: dict[str, Any]) -> list[Produced]:
+        images, text = single_turn(chat)
+        if text is None:
+            return self._padded(vlm, [chat], settings)
+        with counted(vlm) as work:
+            answer = vlm.ask(images[0] if len(images) == 1 else images or None, text, **settings)
+        return [Produced(answer.text, n_tokens(answer), plain(answer.stats) | work.stats())]
 
     def _padded(self, vlm: Any, chats: list[ChatMessages], settings: dict[str, Any]) -> list[Produced]:
         """Several conversations in one left-padded batch, or one with a system prompt or several turns."""

@@ -14,8 +14,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vlm_attn.evaluation import tables
 from vlm_attn.evaluation.curves import NEAR
+from vlm_attn.evaluation.kept import drawing
 from vlm_attn.evaluation.local_docs import Pictures
 from vlm_attn.evaluation.plots import CURVE_NAMES, all_plots, colours, is_control, short, single
 from vlm_attn.evaluation.recorder import RunRecorder
@@ -46,6 +49,8 @@ figure { margin: 0; } figure svg { max-width: 100%; height: auto; } figcaption {
 .flip { display: flex; gap: 12px; border: 1px solid var(--line); border-radius: 8px; padding: 10px; font-size: 13px; }
 .flip img { width: 112px; height: 112px; object-fit: contain; border-radius: 6px; background: #f5f7fa; }
 .flip p { margin: 0 0 4px; } .flip .who { color: var(--soft); font-size: 12px; }
+.kept { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 12px; margin-top: 10px; }
+.kept svg { display: block; border-radius: 6px; } .kept figcaption { font-size: 12px; overflow-wrap: anywhere; }
 code, pre { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { background: #f5f7fa; border-radius: 6px; padding: 10px 12px; overflow-x: auto; margin: 6px 0; }
 details summary { cursor: pointer; color: var(--soft); }
@@ -63,8 +68,8 @@ def build_report(results: Mapping[str, Any], recorder: RunRecorder) -> str:
     plots = [_plot(*plot) for plot in all_plots(results)]
     parts = [_head(results), *plots[:1]]
     parts += [f"<section><h2>{escape(short(task))}</h2>{table}</section>" for task, table in _tables(results)]
-    parts += [_pooled(results), *plots[1:], _curves(results), _flips(results, recorder), _parsers(results)]
-    parts.append(_settings(results))
+    parts += [_pooled(results), *plots[1:], _curves(results), _kept(results, recorder), _flips(results, recorder)]
+    parts += [_parsers(results), _settings(results)]
     return page(f"vlm-attn: {results['model']}", "".join(parts))
 
 
@@ -276,22 +281,63 @@ def _answer(row: Mapping[str, Any], rater: Rater) -> str:
 
 def _picture(benchmark: Mapping[str, Any], doc: Mapping[str, Any]) -> str:
     """The sample's picture inline, where it can be drawn or lies in a local folder."""
+    shown = _shown(benchmark, doc)
+    return "" if shown is None else f"<img alt='the picture' src='{_data(*shown)}'>"
+
+
+def _shown(benchmark: Mapping[str, Any], doc: Mapping[str, Any]) -> tuple[Image.Image, str] | None:
+    """The sample's picture and the format to send it in."""
     if benchmark["name"].startswith("scenes_"):
         from vlm_attn.evaluation.scenes_docs import picture
 
-        shown, kind = picture(doc), "png"
-    elif benchmark.get("images"):
-        path = Pictures(Path(benchmark["images"])).find(doc["image"], doc.get("category"))
-        if path is None:
-            return ""
-        shown, kind = load_image(path), "jpeg"
-        shown.thumbnail((336, 336))
-    else:
-        return ""
+        return picture(doc), "png"
+    if not benchmark.get("images"):
+        return None
+    path = Pictures(Path(benchmark["images"])).find(doc["image"], doc.get("category"))
+    if path is None:
+        return None
+    shown = load_image(path)
+    shown.thumbnail((336, 336))
+    return shown, "jpeg"
+
+
+def _data(shown: Image.Image, kind: str) -> str:
     buffer = io.BytesIO()
     shown.save(buffer, format=kind.upper(), optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='the picture' src='data:image/{kind};base64,{data}'>"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _kept(results: Mapping[str, Any], recorder: RunRecorder) -> str:
+    """The first sample whose kept tokens were noted and whose picture is at hand, once per column that pruned it."""
+    for benchmark in results["config"]["benchmarks"]:
+        rows = {
+            label: row
+            for label, method in results["method"].items()
+            for row in recorder.samples(method["hash"], benchmark["name"])[:1]
+            if row["doc_id"] == 0 and "kept_mask" in row
+        }
+        shown = _shown(benchmark, next(iter(rows.values()))["doc"]) if rows else None
+        if shown is None:
+            continue
+        image, kind = shown
+        drawn = "".join(
+            f"<figure>{drawing(row['kept_mask'], 'seen', image.size)}<figcaption>{escape(label)}<br>"
+            f"{_count(row)}</figcaption></figure>"
+            for label, row in rows.items()
+        )
+        source = (f"<svg width='0' height='0' style='position:absolute'><image id='seen' width='{image.width}' "
+                  f"height='{image.height}' href='{_data(image, kind)}'/></svg>")  # fmt: skip
+        question = escape(next(iter(rows.values()))["prompt"][:300])
+        return (
+            f"<section><h2>Kept visual tokens</h2><p class='note'>First sample of {escape(short(benchmark['name']))}: "
+            f"“{question}” Dark: dropped by the last decoder layer. A cell that others were merged into counts as "
+            f"kept.</p>{source}<div class='kept'>{drawn}</div></section>"
+        )
+    return ""
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    return f"{row['kept_tokens']['last']} of {row['visual_tokens']}" if "kept_tokens" in row else ""
 
 
 def _parsers(results: Mapping[str, Any]) -> str:

@@ -79,11 +79,15 @@ class ModelProbe:
     def kept(self, image: Image.Image, text: str) -> np.ndarray:
         """1 where the pipeline keeps a visual token after its last stage, 0 where it drops it, ``(H, W)``."""
         self.vlm.ask(image, text, max_new_tokens=1)
+        return self.kept_last(image)
+
+    def kept_last(self, image: Image.Image, row: int = 0) -> np.ndarray:
+        """The same of the request that ran last; ``image`` is the first picture of sample ``row``."""
         request = self.session.last
-        layout = request.tokens.layouts[0][0]
+        layout = request.tokens.layouts[row][0]
         left = request.tokens_at(self.layers - 1)
         values = np.zeros(len(layout), dtype=np.float32)
-        values[left.order[0][left.vis[0] & (left.img_id[0] == 0)].cpu().numpy()] = 1.0
+        values[left.order[row][left.vis[row] & (left.img_id[row] == 0)].cpu().numpy()] = 1.0
         # A pixel counts as kept if half of the views that show it keep it; rounding must not decide the tie.
         return (self._project(values, image, layout) >= 0.5 - 1e-4).astype(np.float32)
 
