@@ -304,7 +304,8 @@ def test_no_matrix_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prefill == [3, 3, 3, 1] * 4 + [9, 1] * 4
     assert {count for count, queries in taken if queries == 1} == {1}
     torch.testing.assert_close(blocks.question, whole.question)
-    torch.testing.assert_close(blocks.question_vas, whole.question_vas)
+    # Ratios to almost nothing: products of other sizes round otherwise.
+    torch.testing.assert_close(blocks.question_vas, whole.question_vas, rtol=1e-5, atol=0)
     torch.testing.assert_close(blocks.received, whole.received, equal_nan=True)
 
 

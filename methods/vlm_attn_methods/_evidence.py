@@ -19,27 +19,38 @@ class Step:
 
     Attributes:
         tokens: roles of the keys. generated: how many of them are new.
-        columns: ``[B, n, 3]``, a row of weights times it: mass on visual keys, on evidence, on text behind the image.
-        evidence: ``[B, 1, n]``, 0 at all but visual keys.
-        behind: bool ``[B, n]``, text behind the image, new tokens among it.
+        columns: ``[B, n, 3]``, a row of weights times it: mass on visual keys, on evidence (over the number of heads),
+            on text behind the image.
+        gain: ``[B, 2, n]``, factors less 1: ``exp(alpha S) - 1``, 0 at all but visual keys; for text, see `gains`.
+        behind: ``[B, n]``, 1 at text behind the image, new tokens among it.
+        floor: ``[B, n]``, ``beta - 1`` there.
         looked: ``[B, n]``, attention that each text token paid to the evidence so far.
         low, high: ``[B, 1]``, its range over the text behind the image but for the newest key.
-        apart: ``[B, 1]``, 0 where the newest key is text behind the image, else infinite.
+        apart: ``[B, 1]``, 0 where the newest key is text behind the image, else infinite; None where it always is.
     """
 
     tokens: TokenMap
     generated: int
     columns: Tensor
-    evidence: Tensor
+    gain: Tensor
     behind: Tensor
+    floor: Tensor
     looked: Tensor
     low: Tensor
     high: Tensor
-    apart: Tensor
+    apart: Tensor | None
 
-    def share(self) -> Tensor:
-        """``[B, n]``: ``looked``, min-max over the text behind the image; 0 where it is constant."""
+    def gains(self, text: float) -> Tensor:
+        """``gain`` with ``text w + beta - 1`` at the text behind the image, w as it is by now."""
+        torch.addcmul(self.floor, self.behind, self._share(), value=text, out=self.gain[:, 1])
+        return self.gain
+
+    def _share(self) -> Tensor:
+        """w ``[B, n]``, at the text behind the image: ``looked`` min-max over that text; 0 where it is constant."""
         newest = self.looked[:, -1:]
+        if self.apart is None:
+            low, high = torch.minimum(self.low, newest), torch.maximum(self.high, newest)
+            return (self.looked - low) / (high - low).clamp(min=1e-12)
         low, high = torch.minimum(self.low, newest + self.apart), torch.maximum(self.high, newest - self.apart)
         return torch.where(high > low, (self.looked - low) / (high - low).clamp(min=1e-12), 0.0)
 
@@ -54,13 +65,13 @@ class Evidence:
     newest: tuple[int, int] | None = None
     step: Step | None = None
 
-    def at(self, view: EditView) -> Step:
+    def at(self, view: EditView, heads: int, alpha: float, beta: float) -> Step:
         """The step that a layer belongs to; layers with the same keys share it."""
         if self.step is None or self.step.tokens is not view.tokens:
-            self.step = self._laid(view)
+            self.step = self._laid(view, heads, alpha, beta)
         return self.step
 
-    def _laid(self, view: EditView) -> Step:
+    def _laid(self, view: EditView, heads: int, alpha: float, beta: float) -> Step:
         generated = view.tokens.length - int((view.tokens.index[0] < view.prompt.length).sum())
         missing = max(generated - self.generated.shape[1], 0)
         self.generated = torch.nn.functional.pad(self.generated, (0, missing))
@@ -72,13 +83,14 @@ class Evidence:
         return Step(
             tokens=view.tokens,
             generated=generated,
-            columns=torch.stack([vis, evidence, behind.float()], dim=-1),
-            evidence=evidence[:, None],
-            behind=behind,
+            columns=torch.stack([vis, evidence / heads, behind.float()], dim=-1),
+            gain=torch.stack([(alpha * evidence).expm1(), torch.zeros_like(evidence)], dim=1),
+            behind=behind.float(),
+            floor=(beta - 1) * behind,
             looked=looked,
             low=torch.where(behind, looked, infinite)[:, :-1].amin(1, keepdim=True),
             high=torch.where(behind, looked, -infinite)[:, :-1].amax(1, keepdim=True),
-            apart=torch.where(behind, 0.0, infinite)[:, -1:],
+            apart=None if bool(behind[:, -1].all()) else torch.where(behind, 0.0, infinite)[:, -1:],
         )
 
     def look(self, layer: int, paid: Tensor) -> None:

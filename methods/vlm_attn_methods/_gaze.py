@@ -16,14 +16,13 @@ class Step:
     Attributes:
         tokens: roles of the keys.
         columns: ``[B, n, 3]``, a row of weights times it: mass on visual keys, that mass raised, mass on the question.
-        boost: ``[B, 1, n]``, factor of the looking heads: ``exp(alpha S)``, 1 at all but visual keys.
-        question: bool ``[B, 1, n]``.
+        gains: ``[B, 2, n]``: what the looking heads gain, ``exp(alpha S) - 1``, 0 at all but visual keys; 1 at the
+            question.
     """
 
     tokens: TokenMap
     columns: Tensor
-    boost: Tensor
-    question: Tensor
+    gains: Tensor
 
 
 @dataclass

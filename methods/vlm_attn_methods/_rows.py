@@ -9,10 +9,21 @@ from vlm_attn.stages import EditView
 
 
 def ranked(values: Tensor, fraction: float) -> Tensor:
-    """bool, the top ``int(fraction H)`` (at least one) of the last axis, earlier ones first among equals."""
+    """1 at the top ``int(fraction H)`` (at least one) of the last axis, earlier ones first among equals; 0 else."""
     count = max(1, int(fraction * values.shape[-1]))
     order = values.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, True)
+    return torch.zeros_like(values).scatter_(-1, order, 1.0)
+
+
+def raised(weights: Tensor, chosen: Tensor, gains: Tensor) -> Tensor:
+    """Weights ``[B, H, n]`` times ``1 + chosen gains``, rows renormalised.
+
+    Args:
+        chosen: ``[B, k, H]``, 1 in the heads that a kind of gain goes to.
+        gains: ``[B, k, n]``, factor less 1 at the keys; kinds share no key.
+    """
+    out = torch.addcmul(weights, weights, torch.bmm(chosen.transpose(1, 2), gains))
+    return out / out.sum(-1, keepdim=True)
 
 
 def evidence_factor(values: Tensor, sigma: float) -> Tensor:

@@ -92,9 +92,10 @@ class ACT(SegmentEdit):
 
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         others, sinks = masses[..., 0], masses[..., 1]
-        gain = 1 + (1 - self.beta) * sinks / others.clamp(min=torch.finfo(torch.float32).tiny)
+        alone = others <= 0  # nothing there to take what the sinks give up
+        gain = torch.addcdiv(torch.ones_like(others), sinks, others, value=1 - self.beta)
         scales = torch.stack([gain, torch.full_like(gain, self.beta)], dim=-1)
-        return torch.where(others[..., None] > 0, scales, 1.0)
+        return scales.masked_fill_(alone[..., None], 1.0)
 
     def mix(self, counts: Tensor) -> tuple[Mix, Tensor] | None:
         whole = torch.ones(len(counts), dtype=torch.bool, device=counts.device)

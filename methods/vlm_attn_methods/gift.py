@@ -14,7 +14,7 @@ from vlm_attn.stages import EditView, ModelInfo, RowEdit, check_layer, method_da
 
 from ._gaze import Gaze, Step
 from ._layers import Layer, check_layers
-from ._rows import evidence_factor, laid, ranked, scattered
+from ._rows import evidence_factor, laid, raised, ranked, scattered
 
 
 @method_dataclass
@@ -119,14 +119,14 @@ class GIFT(RowEdit):
             now, before = torch.searchsorted(rows, words), torch.searchsorted(rows, words - 1)
             shift = (block[:, now] - block[:, before]).clamp(min=0)
             chosen = ranked(shift.sum((1, 2)), self.head_fraction)
-            out[row, slots] = evidence_factor(shift[chosen].mean((0, 1)), self.clamp_sigma)
+            out[row, slots] = evidence_factor(shift[chosen.bool()].mean((0, 1)), self.clamp_sigma)
         return Gaze(scattered(out, view))
 
     def _laid(self, view: EditView, saliency: Tensor) -> Step:
         vis, asked = view.tokens.vis.float(), laid(self._question(view)[0].float(), view)
-        boost = ((self.alpha or 0.0) * laid(saliency, view) * vis).exp()
-        columns = torch.stack([vis, vis * boost, asked], dim=-1)
-        return Step(view.tokens, columns, boost[:, None], asked[:, None] > 0)
+        gain = ((self.alpha or 0.0) * laid(saliency, view) * vis).expm1()
+        columns = torch.stack([vis, vis * (1 + gain), asked], dim=-1)
+        return Step(view.tokens, columns, torch.stack([gain, asked], dim=1))
 
     def edit(self, weights: Tensor, view: EditView, memory: Gaze | None) -> Tensor:
         if memory is None or (not self.alpha and self.beta in (None, 1)):
@@ -134,12 +134,12 @@ class GIFT(RowEdit):
         step = memory.step
         if step is None or step.tokens is not view.tokens:  # layers with the same keys share it
             step = memory.step = self._laid(view, memory.map)
-        visual, raised, asked = torch.bmm(weights, step.columns).unbind(-1)
-        looking, reading = ranked(torch.stack([visual, asked], dim=1), self.head_fraction).unbind(1)
-        factors = torch.where(looking[..., None], step.boost, 1.0)
-        if self.beta is not None:
-            after, before = ((x * looking).sum(1) for x in (raised, visual))
-            ratio = (self.beta * after / before.clamp(min=1e-12))[:, None, None]
-            factors = torch.where(reading[..., None] & step.question, ratio, factors)
-        out = weights * factors
-        return out / out.sum(-1, keepdim=True)
+        masses = torch.bmm(weights, step.columns)
+        chosen = ranked(masses[..., ::2].transpose(1, 2), self.head_fraction)
+        if self.beta is None:
+            chosen[:, 1] = 0
+        else:
+            before, after, _ = torch.bmm(chosen[:, :1], masses)[:, 0].split(1, dim=1)
+            minus_one = before.new_full((), -1.0)
+            chosen[:, 1].mul_(torch.addcdiv(minus_one, after, before.clamp(min=1e-12), value=self.beta))
+        return raised(weights, chosen, step.gains)

@@ -89,8 +89,9 @@ class HeadGate(SegmentEdit, HeadScale):
 
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         others = masses[..., 0]
-        gain = 1 / others.clamp(min=torch.finfo(torch.float32).tiny)
-        return torch.where(others[..., None] > 0, torch.stack([gain, torch.zeros_like(gain)], dim=-1), 1.0)
+        alone = others <= 0  # with nothing else to look at, nothing is blocked
+        scales = torch.stack([others.reciprocal(), torch.zeros_like(others)], dim=-1)
+        return scales.masked_fill_(alone[..., None], 1.0)
 
     def mix(self, counts: Tensor) -> tuple[Mix, Tensor]:
         return Mix((1,), (0,), 0.0), torch.ones(len(counts), dtype=torch.bool, device=counts.device)

@@ -12,7 +12,7 @@ from vlm_attn.stages import Draft, EditView, ModelInfo, RowEdit, method_dataclas
 
 from ._evidence import Evidence
 from ._layers import Layer, layer_range
-from ._rows import evidence_factor, ranked
+from ._rows import evidence_factor, raised, ranked
 
 
 @method_dataclass
@@ -100,15 +100,11 @@ class ILVAD(RowEdit):
     def edit(self, weights: Tensor, view: EditView, memory: Evidence | None) -> Tensor:
         if memory is None or self.draft_tokens == 0:
             return weights
-        step = memory.at(view)
+        step = memory.at(view, weights.shape[1], self.alpha, self.beta)
         if step.generated == 0 and not self.prompt_row:
             return weights
         visual, proof, text = torch.bmm(weights, step.columns).unbind(-1)
         if step.generated:
-            memory.look(view.layer, proof.mean(1))
+            memory.look(view.layer, proof.sum(1))
         masses = torch.stack([proof / visual.clamp(min=1e-12), text], dim=1)
-        proving, reading = ranked(masses, self.head_fraction)[..., None].unbind(1)
-        read = torch.where(step.behind, self.text * step.share() + self.beta, 1.0)[:, None]
-        out = weights * torch.where(proving, (self.alpha * step.evidence).exp(), 1.0)
-        out = out * torch.where(reading, read, 1.0)
-        return out / out.sum(-1, keepdim=True)
+        return raised(weights, ranked(masses, self.head_fraction), step.gains(self.text))

@@ -44,10 +44,15 @@ class Labelled:
         neutral = said is not None and (said[0].keep == 1 or said[0].gate_min > 1)
         return cls(edit, labels, members[:, None] if labels.dim() == 2 else members, counts, heads, neutral)
 
+    @functools.cached_property
+    def spared(self) -> Tensor | None:
+        """bool ``[1, H, 1, 1]``: the heads it leaves alone."""
+        return None if self.heads is None else ~self.heads[None, :, None, None]
+
     def scales(self, masses: Tensor) -> Tensor:
         """The edit's factors ``[B, H, R, G]``, 1 in heads it leaves alone."""
         scales = self.edit.scales(masses, self.counts)
-        return scales if self.heads is None else torch.where(self.heads[None, :, None, None], scales, 1.0)
+        return scales if self.spared is None else scales.masked_fill(self.spared, 1.0)
 
     def apply(self, weights: Tensor, active: Tensor | None) -> Tensor:
         """The weights ``[B, H, R, N]`` after the edit, in the rows where ``active [B, 1, R, 1]`` (None = all)."""

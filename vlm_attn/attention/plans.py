@@ -47,8 +47,8 @@ class Remembered:
         edited = self.apply(weights, active)
         if edited is weights:
             return weights, None
-        changed = edited.ne(weights).any(-1)  # now: both would have to be held otherwise
-        return edited, lambda: changed
+        moved = (edited - weights).abs_().amax(-1)  # now: both would have to be held otherwise
+        return edited, lambda: moved > 0
 
 
 Item = Labelled | Remembered

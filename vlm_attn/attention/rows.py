@@ -17,8 +17,9 @@ def row_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None
     """fp32 logits ``[B, H, R, N]`` of rotated queries ``[B, H, R, d]`` on cached keys ``[B, Hkv, N, d]``."""
     b, h, r, d = query.shape
     kv = key.shape[1]
-    grouped = (query.float() * scaling).reshape(b * kv, h // kv * r, d)
-    logits = torch.bmm(grouped, key.float().flatten(0, 1).transpose(1, 2)).view(b, h, r, key.shape[2])
+    grouped, keys = query.float().reshape(b * kv, h // kv * r, d), key.float().flatten(0, 1).transpose(1, 2)
+    ignored = grouped.new_empty(1, 1, 1)
+    logits = torch.baddbmm(ignored, grouped, keys, beta=0, alpha=scaling).view(b, h, r, key.shape[2])
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -175,8 +175,6 @@ def bench_shape(
             case.peak = memory.peak(functools.partial(run_case, alone, shape, case), "cpu")
             tick()
         trial.run()  # warm-up
-        for case in found:
-            run(case)
         paired.time_rounds(found, rounds, replace(alone, steps=0).run, run)
     return _report(shape, found, steps, bytes_of_stock)
 
@@ -278,7 +276,7 @@ def run_prune(
 
     Args:
         shapes: names out of `SHAPES`; all of them by default.
-        rounds: timed rounds per shape, after one that warms up.
+        rounds: timed rounds per shape, after one stock run that warms up.
         steps: decode steps per run.
         clock: `"wall"` is the protocol; `"cpu"` counts this process only.
         only: these methods alone, with the control.
@@ -304,7 +302,13 @@ def run_prune(
         "format": 1,
         "bench": "prune",
         "env": env,
-        "protocol": {"rounds": rounds, "decode_steps": steps, "threads": 1, "clock": clock, "warm_up_rounds": 1},
+        "protocol": {
+            "rounds": rounds,
+            "decode_steps": steps,
+            "threads": 1,
+            "clock": clock,
+            "warm_up": "one stock run",
+        },
         "shapes": results,
         "valid": all(result["valid"] for result in results),
     }
@@ -312,4 +316,4 @@ def run_prune(
 
 def prune_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = ()) -> int:
     """How often `run_prune` calls `tick`."""
-    return (len(shapes) or len(SHAPES)) * (rounds + 2) * len(chosen(cases(SHAPES["640"]), only))
+    return (len(shapes) or len(SHAPES)) * (rounds + 1) * len(chosen(cases(SHAPES["640"]), only))
