@@ -73,6 +73,16 @@ def ask(page: Any) -> str:
     return str(page.inner_text("#status"))
 
 
+def fill(page: Any, selector: str, text: str) -> None:
+    """Types a value and sees it stay: a control that has just appeared may be given its default once more."""
+    for _ in range(20):
+        page.fill(selector, text)
+        page.wait_for_timeout(250)
+        if page.input_value(selector) == text:
+            return
+    raise TimeoutError(f"{selector} does not keep {text!r}")
+
+
 def upload(page: Any, path: Path) -> None:
     """Gives the page a file."""
     page.set_input_files("#upload input[type=file]", path)
@@ -92,7 +102,7 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
     page.wait_for_selector("#status .ok")
     page.fill("#question textarea", "Describe this image.")
     page.click("#parameters-B button")
-    page.fill("#B-fastv-keep textarea, #B-fastv-keep input", "24")
+    fill(page, "#B-fastv-keep textarea, #B-fastv-keep input", "24")
     assert ask(page) == "Done."
     assert page.input_value("#answer-A textarea").strip() and page.input_value("#answer-B textarea").strip()
     assert "100 of 100" in page.inner_text("#facts-A") and "24 of 100" in page.inner_text("#facts-B")
@@ -118,7 +128,7 @@ def test_a_visit(visitor: Any, tmp_path: Path) -> None:
     assert page.input_value("#answer-A textarea") == ""
 
     # a value out of range is said, the other side answers; another method brings its own controls
-    page.fill("#B-fastv-layer input", "99")
+    fill(page, "#B-fastv-layer input", "99")
     assert "layer=99 is not a layer of this model" in ask(page)
     assert page.input_value("#answer-A textarea").strip() and not page.input_value("#answer-B textarea")
     page.click("#method-B input")
