@@ -12,7 +12,7 @@ import vlm_attn
 from tests import models
 from tests.matrix import HEADS, SINKS
 from tests.runs import distance, greedy, manual
-from vlm_attn import ops
+from vlm_attn import ops, request
 from vlm_attn.attention import columns, fused, masks, plans, segments, soft
 from vlm_attn.attention.call import Call, RowMap, fused_inputs
 from vlm_attn.attention.plans import Labelled, edit_rows
@@ -235,6 +235,19 @@ MIXES: list[tuple[str, dict[str, Any]]] = [
     ("head_gate", {"heads": HEADS, "mode": "block"}),
     ("head_gate", {"heads": HEADS, "mode": "block", "drop": "context", "where": "text"}),
 ]
+
+
+def test_edited_heads_are_counted_alike_at_the_end_and_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits to be counted holds tensors, so that a long answer is counted in between."""
+    model, inputs = models.llava(4), models.single().inputs()
+    with vlm_attn.attach(model, vlm_attn.method("act", heads=[[1, 0], [2, 1]], alpha=1.5, first_layer=1)) as session:
+        greedy(model, inputs, 4)
+        waiting, counted = len(session.last._uncounted), dict(session.last.edited)
+        monkeypatch.setattr(request, "GATHERED", 3)
+        greedy(model, inputs, 4)
+        assert len(session.last._uncounted) < 3 < waiting
+        assert session.last.edited == counted
+    assert any(counted.values())
 
 
 @pytest.mark.parametrize(("name", "params"), MIXES)

@@ -16,6 +16,7 @@ from .tokens import TokenMap
 
 Count = Callable[[], int | Tensor]
 """How many triples an edit changed, worked out when it is called."""
+GATHERED = 1024
 
 if TYPE_CHECKING:
     from .streams import TextStream
@@ -88,15 +89,21 @@ class Request:
     @property
     def edited(self) -> dict[int, int]:
         """Per layer: (sample, head, row) triples that edits changed so far."""
+        self._count()
+        return self._edited
+
+    def _count(self) -> None:
         for layer, count in self._uncounted:
             if number := int(count()):
                 self._edited[layer] = self._edited.get(layer, 0) + number
         self._uncounted.clear()
-        return self._edited
 
     def count(self, layer: int, edited: Count) -> None:
-        """Notes what an edit changed; counted when somebody asks, because a count waits for the device."""
+        """Notes what an edit changed; counted when somebody asks, or many have gathered: a count waits for the device,
+        and what is to be counted takes memory."""
         self._uncounted.append((layer, edited))
+        if len(self._uncounted) >= GATHERED:
+            self._count()
 
     def stage_at(self, layer: int) -> PruneStage | None:
         """The stage whose kept slots layer ``layer`` runs on; behind the prompt, those that its cache holds."""
