@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import vlm_attn
-from vlm_attn.bench import memory, overview, prune, report, setup
+from vlm_attn.bench import memory, overview, prune, report, setup, turns
 
 MINI = setup.Shape("mini", layers=8, heads=4, kv_heads=4, visual=144, text=12, hidden=32, inner=64)
 
@@ -58,6 +58,18 @@ def test_table_shows_every_row(said: dict) -> None:
     for row in said["shapes"][0]["rows"]:
         assert row["case"] in text
     assert "vlm_attn/flops.py" in text
+    assert "s of stock's vision tower" in " ".join(text.split())
+
+
+def test_the_vision_tower_comes_off_on_both_sides() -> None:
+    case = prune.cases(MINI)[2]
+    case.taken = [turns.Taken(1.5, 0.1, 0.1, 0.0, {"per_layer": [16] * 8})]
+    case.around = [(turns.Taken(4.5), turns.Taken(4.5))]
+    short = prune.cases(MINI)[1]
+    short.taken, short.around = case.taken, case.around
+    rows = [prune._row(MINI, one, 2, 0.5, 4.0, None) for one in (case, short)]
+    assert [row["prefill"]["ratio"] for row in rows] == pytest.approx([1.0 / 4.0, 1.5 / 4.0])  # text passes no tower
+    assert rows[0]["end_to_end"]["ratio"] == pytest.approx(1.7 / 4.7)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -92,7 +92,7 @@ class ACT(SegmentEdit):
 
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         others, sinks = masses[..., 0], masses[..., 1]
-        alone = others <= 0  # nothing there to take what the sinks give up
+        alone = others < torch.finfo(torch.float32).tiny  # nothing there to take what the sinks give up
         gain = torch.addcdiv(torch.ones_like(others), sinks, others, value=1 - self.beta)
         scales = torch.stack([gain, torch.full_like(gain, self.beta)], dim=-1)
         return scales.masked_fill_(alone[..., None], 1.0)

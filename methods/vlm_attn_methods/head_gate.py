@@ -89,7 +89,7 @@ class HeadGate(SegmentEdit, HeadScale):
 
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         others = masses[..., 0]
-        alone = others <= 0  # with nothing else to look at, nothing is blocked
+        alone = others < torch.finfo(torch.float32).tiny  # with nothing else to look at, nothing is blocked
         scales = torch.stack([others.reciprocal(), torch.zeros_like(others)], dim=-1)
         return scales.masked_fill_(alone[..., None], 1.0)
 

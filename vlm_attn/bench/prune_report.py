@@ -13,7 +13,8 @@ def prune_table(result: dict[str, Any], title: str, void: str) -> Table:
     """One shape."""
     caption = f"control off by {result['control_off_by']:.1%}" if result["valid"] else void
     caption += (
-        "\ntokens = visual tokens of an average layer; ideal = FLOPs next to stock's; prefill, answer (end to end), "
+        f"\nprefill without the {result['stock']['tower_s']:.3f} s of stock's vision tower; "
+        "tokens = visual tokens of an average layer; ideal = FLOPs next to stock's; prefill, answer (end to end), "
         "decode, memory = times stock (median of paired ratios); of ideal = ideal / prefill; scoring = share of "
         f"stock's prefill\nFLOPs: {result['flops_formula']}\nmemory: {result['memory']}"
     )
