@@ -19,6 +19,9 @@ def bench(
     ] = "overview",
     shape: Annotated[list[str] | None, typer.Option("--shape", help="Model shape; repeat for more.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds per shape (7; edits, prune: 5).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Decode steps per run (8; edits, prune: 12), the length of an answer.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="edits, prune: these alone; repeat for more.")
     ] = None,
@@ -45,20 +48,21 @@ def bench(
             progress.update(task, advance=1, refresh=True)
 
         result: dict[str, Any]
+        length: dict[str, Any] = {} if steps is None else {"steps": steps}
         if what == "edits":
             rounds = rounds or 5
             progress.update(task, total=module.edit_ticks(shape or (), rounds, method or ()))
             result = module.run_edits(
-                shape or (), rounds=rounds, clock=clock, gpu=gpu, only=method or (), tick=tick
-            )  # fmt: skip
+                shape or (), rounds=rounds, clock=clock, gpu=gpu, only=method or (), tick=tick, **length
+            )
         elif what == "prune":
             rounds = rounds or 5
             progress.update(task, total=module.prune_ticks(shape or (), rounds, method or ()))
-            result = module.run_prune(shape or (), rounds=rounds, clock=clock, only=method or (), tick=tick)
+            result = module.run_prune(shape or (), rounds=rounds, clock=clock, only=method or (), tick=tick, **length)
         else:
             shape, rounds = shape or ["deep", "long"], rounds or 7
             progress.update(task, total=module.ticks(shape, rounds))
-            result = module.run_bench(shape, rounds=rounds, clock=clock, tick=tick)
+            result = module.run_bench(shape, rounds=rounds, clock=clock, tick=tick, **length)
     if output:
         output.write_text(json.dumps(cli.to_data(result), indent=2) + "\n", encoding="utf-8")
     if as_json:
