@@ -328,13 +328,7 @@ def run_edits(
         ValueError: unknown shape, method or clock, an empty protocol, or no CUDA device for ``gpu``.
     """
     known = GPU_SHAPES if gpu else SHAPES
-    unknown = [name for name in shapes if name not in known]
-    if unknown:
-        raise ValueError(f"unknown bench shape {unknown[0]!r}: choose from {', '.join(known)}")
-    if clock not in CLOCKS:
-        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
-    if rounds < 1 or steps < 1:
-        raise ValueError(f"rounds={rounds} and steps={steps} must both be at least 1")
+    setup.check(shapes, list(known), clock, rounds=rounds, steps=steps)
     if gpu and not torch.cuda.is_available():
         raise ValueError("no CUDA device here: leave out the GPU option, or run this on a machine with a GPU")
     device = "cuda" if gpu else "cpu"
@@ -342,20 +336,7 @@ def run_edits(
     results = [
         bench_shape(known[name], rounds, steps, clock, device, peers, only, tick) for name in shapes or list(known)
     ]
-    return {
-        "format": 1,
-        "bench": "edits",
-        "env": env,
-        "protocol": {
-            "rounds": rounds,
-            "decode_steps": steps,
-            "threads": 1,
-            "clock": clock,
-            "warm_up": "one stock run",
-        },
-        "shapes": results,
-        "valid": all(result["valid"] for result in results),
-    }
+    return paired.document("edits", env, results, rounds, steps, clock)
 
 
 def edit_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = (), peers: int = 0) -> int:

@@ -205,13 +205,7 @@ def run_bench(
     Returns:
         JSON-ready dict: `env`, `protocol`, `shapes` (rows, bars, control), `valid`.
     """
-    unknown = [name for name in shapes if name not in SHAPES]
-    if unknown:
-        raise ValueError(f"unknown bench shape {unknown[0]!r}: choose from {', '.join(SHAPES)}")
-    if clock not in CLOCKS:
-        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
-    if rounds < 1 or steps < 1 or threads < 1:
-        raise ValueError(f"rounds={rounds}, steps={steps} and threads={threads} must all be at least 1")
+    setup.check(shapes, list(SHAPES), clock, rounds=rounds, steps=steps, threads=threads)
     results = [bench_shape(SHAPES[name], rounds, steps, threads, clock, tick) for name in shapes]
     return {
         "format": 1,

@@ -53,6 +53,24 @@ def ratio(
     return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
 
 
+def document(bench: str, env: Any, shapes: Sequence[Any], rounds: int, steps: int, clock: str) -> dict[str, Any]:
+    """The JSON-ready result of a bench whose cases are paired with stock."""
+    return {
+        "format": 1,
+        "bench": bench,
+        "env": env,
+        "protocol": {
+            "rounds": rounds,
+            "decode_steps": steps,
+            "threads": 1,
+            "clock": clock,
+            "warm_up": "one stock run",
+        },
+        "shapes": shapes,
+        "valid": all(shape["valid"] for shape in shapes),
+    }
+
+
 def decode_ratio(case: Timed) -> dict[str, float]:
     """Median decode step of a case's runs, in seconds and over the stock steps taken in turn with each."""
     return {

@@ -201,8 +201,8 @@ def chosen(found: list[Case], only: Sequence[str]) -> list[Case]:
     for name in only:
         if name not in names:
             raise ValueError(f"unknown pruning method {name!r}: choose from {', '.join(sorted(names))}")
-    named = (*only, CONTROL, SHORT)
-    return [case for case in found if not only or case.name in named or (case.method and case.method.name in only)]
+    always = (CONTROL, SHORT)
+    return [case for case in found if not only or case.name in always or (case.method and case.method.name in only)]
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -305,30 +305,11 @@ def run_prune(
     Raises:
         ValueError: unknown shape, method or clock, or an empty protocol.
     """
-    for name in shapes:
-        if name not in SHAPES:
-            raise ValueError(f"unknown bench shape {name!r}: choose from {', '.join(SHAPES)}")
-    if clock not in CLOCKS:
-        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
-    if rounds < 1 or steps < 1:
-        raise ValueError(f"rounds={rounds} and steps={steps} must both be at least 1")
+    setup.check(shapes, list(SHAPES), clock, rounds=rounds, steps=steps)
     chosen(cases(SHAPES["640"]), only)
     env = setup.environment()
     results = [bench_shape(SHAPES[name], rounds, steps, clock, only, tick) for name in shapes or list(SHAPES)]
-    return {
-        "format": 1,
-        "bench": "prune",
-        "env": env,
-        "protocol": {
-            "rounds": rounds,
-            "decode_steps": steps,
-            "threads": 1,
-            "clock": clock,
-            "warm_up": "one stock run",
-        },
-        "shapes": results,
-        "valid": all(result["valid"] for result in results),
-    }
+    return paired.document("prune", env, results, rounds, steps, clock)
 
 
 def prune_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = ()) -> int:

@@ -199,6 +199,25 @@ def quiet(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def check(shapes: Sequence[str], known: Sequence[str], clock: str, **counts: int) -> None:
+    """Refuses a protocol that cannot be run.
+
+    Args:
+        counts: numbers that must be at least 1, by name.
+
+    Raises:
+        ValueError: unknown shape or clock, or a number below 1.
+    """
+    for name in shapes:
+        if name not in known:
+            raise ValueError(f"unknown bench shape {name!r}: choose from {', '.join(known)}")
+    if clock not in CLOCKS:
+        raise ValueError(f"unknown clock {clock!r}: choose from {', '.join(CLOCKS)}")
+    if min(counts.values()) < 1:
+        *most, last = (f"{name}={value}" for name, value in counts.items())
+        raise ValueError(f"{', '.join(most)} and {last} must {'all' if most[1:] else 'both'} be at least 1")
+
+
 def spread(values: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
     """Median, minimum and ratios to stock's times of the same rounds."""
     return {

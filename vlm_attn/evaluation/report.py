@@ -218,15 +218,13 @@ def _curves(results: Mapping[str, Any]) -> str:
             cells += [
                 _signed({"difference": row[key]}, metric) if row[key] else "" for key in ("to_control", "to_plain")
             ]
-        kind = "base" if label == results["baseline"] else "control" if is_control(results, label) else ""
-        lines.append(f"<tr class='{kind}'>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+        lines.append(_line(results, label, cells))
     return (
         "<section><h2>Kept visual tokens: against the control, with and without debiasing</h2>"
         "<p class='note'>Points of percent, paired on the same questions, 95 % interval from resampling pictures; "
         "coloured where it leaves out 0, not corrected for the number of comparisons. Control: the column of "
         f"random_prune whose kept share is nearest, none if it is more than {100 * NEAR:.0f} points away.</p>"
-        f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div></section>"
+        f"{_table(heads, lines)}</section>"
     )
 
 
@@ -316,8 +314,9 @@ def _kept(results: Mapping[str, Any], recorder: RunRecorder) -> str:
             for row in recorder.samples(method["hash"], benchmark["name"])[:1]
             if row["doc_id"] == 0 and "kept_mask" in row
         }
-        shown = _shown(benchmark, next(iter(rows.values()))["doc"]) if rows else None
-        if shown is None:
+        first = next(iter(rows.values()), None)
+        shown = None if first is None else _shown(benchmark, first["doc"])
+        if first is None or shown is None:
             continue
         image, kind = shown
         drawn = "".join(
@@ -327,7 +326,7 @@ def _kept(results: Mapping[str, Any], recorder: RunRecorder) -> str:
         )
         source = (f"<svg width='0' height='0' style='position:absolute'><image id='seen' width='{image.width}' "
                   f"height='{image.height}' href='{_data(image, kind)}'/></svg>")  # fmt: skip
-        question = escape(next(iter(rows.values()))["prompt"][:300])
+        question = escape(first["prompt"][:300])
         return (
             f"<section><h2>Kept visual tokens</h2><p class='note'>First sample of {escape(short(benchmark['name']))}: "
             f"“{question}” Dark: dropped by the last decoder layer. A cell that others were merged into counts as "
@@ -349,7 +348,6 @@ def _parsers(results: Mapping[str, Any]) -> str:
         if not scored:
             continue
         names = list(next(iter(scored.values()))["parsers"])
-        head = "".join(f"<th>{escape(name)}</th>" for name in ["method", *names])
         lines = []
         for label, score in scored.items():
             cells = []
@@ -359,8 +357,8 @@ def _parsers(results: Mapping[str, Any]) -> str:
                 cells.append(f"{100 * one['accuracy']:.1f} / {100 * one['f1']:.1f} <small>yes "
                              f"{100 * one['yes_ratio']:.0f} %{unknown}</small>")  # fmt: skip
             lines.append(f"<tr><td>{escape(label)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        blocks.append(f"<details><summary>{escape(short(task))}</summary><div class='scroll'><table><tr>{head}</tr>"
-                      f"{''.join(lines)}</table></div></details>")  # fmt: skip
+        table = _table(["method", *names], lines)
+        blocks.append(f"<details><summary>{escape(short(task))}</summary>{table}</details>")
     if not blocks:
         return ""
     return (f"<section><h2>The same answers, read by every parser</h2><p class='note'>Accuracy / F1 in percent, "
