@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ENCODER, LIVE, QUESTIONS = "vision encoder", "live heads", "questions"
 PROJECTORS = ("multi_modal_projector", "aligner")
 """Names of the module that maps single patches to the language model's width."""
-DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Call]
+DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any], Tensor], Call]
 
 
 class Pruner:
@@ -184,7 +184,8 @@ class Pruner:
         """Takes scores off the input of a layer, by running it dry."""
         for score in scores:
             given = self._left(number, hidden, kwargs, request)
-            call = self._dry_run(number, hidden, args, self._without_rope(given) if score.rope == "free" else given)
+            turned = self._without_rope(given) if score.rope == "free" else given
+            call = self._dry_run(number, hidden, args, turned, self.readings.index(score, request))
             self.readings.take([score], call, request, given.get("position_embeddings"))
 
     def _left(self, number: int, hidden: Tensor, kwargs: dict[str, Any], request: Request) -> dict[str, Any]:

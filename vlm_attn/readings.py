@@ -23,14 +23,6 @@ HIDE = -1e30
 TABLES = "rotary tables"
 
 
-class Stopped(Exception):
-    """Ends a dry run at the layer's attention call, which it carries."""
-
-    def __init__(self, call: Call):
-        super().__init__("dry run")
-        self.call = call
-
-
 class Readings:
     """The sites of a pruning method and what they read. Holds no request state."""
 
@@ -75,9 +67,17 @@ class Readings:
     def take(self, scores: Sequence[RowScore], call: Call, request: Request, tables: Any = None) -> None:
         """Reads scores off one attention call over the whole prompt."""
         for score in scores:
-            tokens = request.tokens_at(score.layer)
-            rows = request.rows[score.rows].gather(1, tokens.index) & tokens.valid
-            request.scores[score] = read(score, call, rows, tokens.vis, tables)
+            rows = self._counted(score, request)
+            request.scores[score] = read(score, call, rows, request.tokens_at(score.layer).vis, tables)
+
+    def index(self, score: RowScore, request: Request) -> Tensor:
+        """The query rows ``[R]`` that a score needs of some sample."""
+        return self._counted(score, request).any(0).nonzero()[:, 0]
+
+    @staticmethod
+    def _counted(score: RowScore, request: Request) -> Tensor:
+        tokens = request.tokens_at(score.layer)
+        return request.rows[score.rows].gather(1, tokens.index) & tokens.valid
 
 
 def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any = None) -> Tensor:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
-from . import draft, probe, profiles, pruning, words
+from . import draft, dry, probe, profiles, pruning, words
 from .attention import interface
 from .attention.call import Call
 from .capture import Capture, brings_media, by_name
@@ -31,7 +31,6 @@ from .guards import check_generate, check_processor
 from .installation import Installation
 from .profiles import Profile
 from .pruner import Pruner
-from .readings import Stopped
 from .readouts.recorder import Recorder
 from .recipe import MethodLike, pipeline
 from .request import Request
@@ -369,18 +368,14 @@ class Session:
     def _visible(self, tokens: TokenMap) -> Tensor:
         return pruning.visible(tokens, self.family, self.processor, self.image_sizes)
 
-    def _dry_run(self, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """The attention call that a layer would make on ``hidden``, without letting it happen."""
-        args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+    def _dry_run(self, number: int, *inputs: Any) -> Call:
+        """The attention call that a layer would make (:func:`dry.attention_call`), without letting it happen."""
         self._dry = number
         try:
             with self.suspended():
-                self.family.layers[number](*args, **{**kwargs, "past_key_values": None})
-        except Stopped as stopped:
-            return stopped.call
+                return dry.attention_call(self.family, number, *inputs)
         finally:
             self._dry = None
-        raise UnsupportedError(f"{self.family.name}: decoder layer {number} made no attention call that can be read")
 
     # ------------------------------------------------------------------------------------------------- attention
 
@@ -398,9 +393,9 @@ class Session:
         layer: int = module.layer_idx
         request = None if self._suspended else self._running
         reading = self.recorder is not None and layer in self.recorder.layers
-        dry = self._dry == layer
+        stopping = self._dry == layer
         untouched = request is None or (query.shape[2] == 1 < key.shape[2] and layer not in self.edits.decode_layers)
-        if untouched and not reading and not dry:
+        if untouched and not reading and not stopping:
             return base(module, query, key, value, mask, **kwargs)
         causal = kwargs.get("is_causal")
         if kwargs.get("s_aux") is not None:
@@ -419,8 +414,8 @@ class Session:
             bias=None,
             backend=self.backend,
         )
-        if dry:
-            raise Stopped(call)
+        if stopping:
+            raise dry.Stopped(call)
 
         def run(q: Tensor, k: Tensor, v: Tensor, m: Any) -> interface.Result:
             return base(module, q, k, v, m, **kwargs)

@@ -1,0 +1,75 @@
+"""Dry runs of a layer: the reading of some rows costs no more projections than it needs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlm_attn
+from tests import models
+from vlm_attn import dry
+from vlm_attn.families import resolve
+
+METHODS = {"feather": {}, "pyramiddrop": {}, "sparsevlm": {}, "fastv": {"keep": 6, "calibrate": ["rope_free"]}}
+
+
+def reading(model: nn.Module, name: str) -> tuple[list[Tensor], Tensor]:
+    """What a method read of a batch, and the logits behind it."""
+    inputs = models.padded().inputs()
+    method = vlm_attn.method(name, **METHODS[name])
+    with vlm_attn.attach(model, method) as session, torch.no_grad():
+        logits = model(**inputs).logits
+        return list(session.last.scores.values()), logits
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_lean_dry_run_reads_what_a_full_one_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lean_scores, lean_logits = reading(models.llava(4), name)
+    monkeypatch.setattr(dry, "lean", lambda *_: nullcontext())
+    full_scores, full_logits = reading(models.llava(4), name)
+    assert lean_scores and len(lean_scores) == len(full_scores)
+    for a, b in zip(lean_scores, full_scores, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(lean_logits, full_logits, atol=1e-5)
+
+
+def test_a_dry_run_projects_few_queries_and_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.llava(4)
+    attention = resolve(model).attention(1)
+    rows: Counter[str] = Counter()
+    linear = torch.nn.functional.linear
+    weights = {id(getattr(attention, name).weight): name for name in ("q_proj", "k_proj", "v_proj")}
+
+    def counted(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        rows[weights.get(id(weight), "other")] += x.shape[1]
+        return linear(x, weight, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    hidden = torch.randn(1, 7, attention.q_proj.in_features)
+    with dry.lean(attention, torch.tensor([6])):
+        queries, keys, values = (getattr(attention, name)(hidden) for name in ("q_proj", "k_proj", "v_proj"))
+    assert rows == {"q_proj": 1, "k_proj": 7}
+    assert not queries[:, :6].any() and torch.allclose(queries[:, 6], attention.q_proj(hidden)[:, 6], atol=1e-6)
+    assert torch.equal(keys, attention.k_proj(hidden)) and not values.any()
+
+
+def test_projections_are_given_back_when_the_layer_fails() -> None:
+    attention = resolve(models.llava(4)).attention(0)
+    with pytest.raises(RuntimeError, match="on purpose"), dry.lean(attention, torch.tensor([0])):
+        assert "forward" in vars(attention.q_proj) and "forward" in vars(attention.v_proj)
+        raise RuntimeError("on purpose")
+    assert "forward" not in vars(attention.q_proj) and "forward" not in vars(attention.v_proj)
+
+
+def test_attention_of_another_shape_projects_everything() -> None:
+    joined = nn.Module()
+    joined.qkv = nn.Linear(4, 12)
+    with dry.lean(joined, torch.tensor([0])):
+        assert "forward" not in vars(joined.qkv)
+    with dry.lean(None, torch.tensor([0])):
+        pass
