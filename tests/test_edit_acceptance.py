@@ -322,6 +322,20 @@ def test_6_last_row_methods_step_by_step(name: str) -> None:
     assert from_reference(name, models.padded()) <= 1e-5
 
 
+@pytest.mark.parametrize(("name", "home"), [("gift", "_gaze"), ("ilvad", "_evidence")])
+def test_6_answers_outgrow_the_room_behind_a_layout(name: str, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a method laid out at the prompt's keys has room for some generated tokens, then for more."""
+    model, inputs = models.llava(4), models.padded().inputs()
+
+    def logits() -> Tensor:
+        with vlm_attn.attach(model, vlm_attn.method(name, **MATRIX[name].default)):
+            return greedy(model, inputs, 6)[1]
+
+    roomy = logits()
+    monkeypatch.setattr(f"vlm_attn_methods.{home}.ROOM", 1)
+    assert torch.equal(logits(), roomy)
+
+
 # ------------------------------------------------------------------------------------------------------- test 7
 
 

@@ -240,13 +240,20 @@ MIXES: list[tuple[str, dict[str, Any]]] = [
 def test_edited_heads_are_counted_alike_at_the_end_and_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits to be counted holds tensors, so that a long answer is counted in between."""
     model, inputs = models.llava(4), models.single().inputs()
-    with vlm_attn.attach(model, vlm_attn.method("act", heads=[[1, 0], [2, 1]], alpha=1.5, first_layer=1)) as session:
-        greedy(model, inputs, 4)
-        waiting, counted = len(session.last._uncounted), dict(session.last.edited)
+    act = vlm_attn.method("act", heads=[[1, 0], [2, 1]], alpha=1.5, first_layer=1)
+    with vlm_attn.attach(model, [act, vlm_attn.method("ilvad")]) as session:
+
+        def answer() -> tuple[int, int, dict[int, int]]:
+            greedy(model, inputs, 4)
+            return len(session.last._changed), len(session.last._uncounted), dict(session.last.edited)
+
+        waiting, compared, counted = answer()
+        assert waiting > 3 and compared == 0
+        monkeypatch.setattr(request, "HELD", 1)
+        assert answer() == (0, waiting, counted)
         monkeypatch.setattr(request, "GATHERED", 3)
-        greedy(model, inputs, 4)
-        assert len(session.last._uncounted) < 3 < waiting
-        assert session.last.edited == counted
+        held, compared, again = answer()
+        assert held + compared < 3 and again == counted
     assert any(counted.values())
 
 

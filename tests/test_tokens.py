@@ -46,16 +46,6 @@ def test_roles_in_a_padded_batch_with_two_images() -> None:
         assert not tokens.sees_image[row, :pad].any()
 
 
-def test_generated_tokens_are_neither_system_nor_question() -> None:
-    tokens = token_map(models.padded()).extend(3)
-    new = slice(-3, None)
-    assert tokens.valid[:, new].all()
-    for role in (tokens.vis, tokens.sys, tokens.qry, tokens.first):
-        assert not role[:, new].any()
-    assert tokens.sees_image[:, new].all()
-    assert (tokens.index[:, 1:] - tokens.index[:, :-1] == 1).all()
-
-
 def test_gather_carries_every_role() -> None:
     tokens = token_map(models.mixed())
     idx = torch.stack([torch.arange(3, 30, 3), torch.arange(12, 39, 3)])

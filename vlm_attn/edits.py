@@ -240,9 +240,7 @@ class Edits:
         for i, edit in self.rows:
             waiting = edit.source is not None and i not in request.memory
             if layer in self.layers[i] and not waiting and not self._idle("last", layer, request):
-                view = replace(self._view(edit, layer, None, request), tokens=request.grown(layer, call.keys))
-                item = Remembered(edit, view, request.memory.get(i))
-                items.append((item, self._gate("last", layer, call, request)))
+                items.append((self._remembered(i, edit, layer, request), self._gate("last", layer, call, request)))
         for i, segment in self.segments:
             if self._idle(segment.rows, layer, request):
                 continue
@@ -250,6 +248,13 @@ class Edits:
             if labelled is not None and not labelled.neutral and (frozen or not segment.wants_columns):
                 items.append((labelled, self._gate(segment.rows, layer, call, request)))
         return items
+
+    def _remembered(self, i: int, edit: RowEdit, layer: int, request: Request) -> Remembered:
+        """A row edit with what it knows: the same in every step, once the prompt has gone through."""
+        found, memory = request.remembered.get((i, layer)), request.memory.get(i)
+        if found is None or found.memory is not memory or found.view.tokens is not request.tokens_at(layer):
+            found = request.remembered[i, layer] = Remembered(edit, self._view(edit, layer, None, request), memory)
+        return found
 
     def weights(self, layer: int, call: Call, rows: Tensor, request: Request) -> Tensor:
         """fp32 ``[B, H, R, N]`` weights of the query rows ``rows [R]`` after every edit that changes weights."""
@@ -261,7 +266,8 @@ class Edits:
         if not items and not call.maps:
             return None
         out, edited = edit_decode(call, items, request.pictured(layer).every)
-        request.count(layer, edited)
+        rows = sum(isinstance(item, Remembered) for item, _ in items)  # counted by comparing whole rows
+        request.count(layer, edited, 2 * rows * call.query.shape[0] * call.query.shape[1] * call.keys)
         return out
 
     def _soften(self, layer: int, call: Call, out: Tensor, request: Request) -> Tensor:

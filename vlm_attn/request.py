@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .attention.plans import Labelled
+from .attention.plans import Labelled, Remembered
 from .families import Media
 from .stages import EncoderScore, KeyMap, RowScore, Words
 from .tokens import TokenMap
@@ -17,6 +17,7 @@ from .tokens import TokenMap
 Count = Callable[[], int | Tensor]
 """How many triples an edit changed, worked out when it is called."""
 GATHERED = 1024
+HELD = 2**20  # numbers that closures may hold together until they are called
 
 if TYPE_CHECKING:
     from .streams import TextStream
@@ -71,6 +72,7 @@ class Request:
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
     labels: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     labelled: dict[tuple[int, int], Labelled] = field(default_factory=dict, repr=False)
+    remembered: dict[tuple[int, int], Remembered] = field(default_factory=dict, repr=False)
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     factors: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     maps: dict[tuple[int, int], KeyMap] = field(default_factory=dict, repr=False)
@@ -81,10 +83,11 @@ class Request:
     times: dict[str, float] = field(default_factory=dict)
     cache_id: int | None = None
     compacted: PruneStage | None = None
-    _grown: dict[int, TokenMap] = field(default_factory=dict, repr=False)
     _pictured: dict[int, Pictured] = field(default_factory=dict, repr=False)
     _edited: dict[int, int] = field(default_factory=dict, repr=False)
-    _uncounted: list[tuple[int, Count]] = field(default_factory=list, repr=False)
+    _changed: list[tuple[int, Count]] = field(default_factory=list, repr=False)
+    _held: int = 0
+    _uncounted: list[tuple[int, int | Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def edited(self) -> dict[int, int]:
@@ -93,16 +96,30 @@ class Request:
         return self._edited
 
     def _count(self) -> None:
+        self._compare()
         for layer, count in self._uncounted:
-            if number := int(count()):
+            if number := int(count):
                 self._edited[layer] = self._edited.get(layer, 0) + number
         self._uncounted.clear()
 
-    def count(self, layer: int, edited: Count) -> None:
-        """Notes what an edit changed; counted when somebody asks, or many have gathered: a count waits for the device,
-        and what is to be counted takes memory."""
-        self._uncounted.append((layer, edited))
-        if len(self._uncounted) >= GATHERED:
+    def _compare(self) -> None:
+        self._uncounted += [(layer, changed()) for layer, changed in self._changed]
+        self._changed.clear()
+        self._held = 0
+
+    def count(self, layer: int, changed: Count, held: int = 0) -> None:
+        """Notes what an edit changed. Work that no layer has to wait for is put off: it is cheaper in one go.
+
+        Args:
+            changed: called once it holds too much together with others, at the latest when somebody asks; the number
+                itself, which waits for the device, is read when somebody asks or many have gathered.
+            held: how many numbers ``changed`` keeps in memory.
+        """
+        self._changed.append((layer, changed))
+        self._held += held
+        if self._held >= HELD:
+            self._compare()
+        if len(self._uncounted) + len(self._changed) >= GATHERED:
             self._count()
 
     def stage_at(self, layer: int) -> PruneStage | None:
@@ -120,16 +137,6 @@ class Request:
         """Roles of the prompt keys of one layer."""
         stage = self.stage_at(layer)
         return self.tokens if stage is None else stage.tokens
-
-    def grown(self, layer: int, keys: int) -> TokenMap:
-        """Roles of the ``keys`` slots of one layer, new tokens included; layers of equal prompt share one map."""
-        stage = self.stage_at(layer)
-        first = 0 if stage is None else stage.layer
-        found = self._grown.get(first)
-        if found is None or found.length != keys:
-            prompt = self.tokens_at(layer)
-            found = self._grown[first] = prompt.extend(keys - prompt.length)
-        return found
 
     def pictured(self, layer: int) -> Pictured:
         """The samples of which a visual token reaches ``layer``."""

@@ -51,8 +51,7 @@ class EditView:
 
     Attributes:
         layer: 0-based decoder layer.
-        tokens: roles of the keys of this layer in the prefill, ``[B, N]`` (for :meth:`RowEdit.edit` also those of
-            the tokens generated so far).
+        tokens: roles of the keys of this layer in the prefill, ``[B, N]``: one object for all steps of a request.
         hidden: layer input ``[B, N, D]`` (residual stream before the input norm), prefill only, if asked for.
         columns: fp32 ``[B, H, N]`` mean weight that each key receives from the rows that see it, if asked for.
         prompt: roles of the whole prompt, nothing pruned; ``x.gather(1, tokens.index)`` takes prompt values to this
@@ -193,7 +192,11 @@ class RowEdit(Edit):
         raise TypeError(f"{type(self).__name__} does not implement read_draft()")
 
     def edit(self, weights: Tensor, view: EditView, memory: Any) -> Tensor:
-        """fp32 ``[B, H, N]`` weights of the last row after the edit; samples without an image are left alone."""
+        """fp32 ``[B, H, n]`` weights of the last row after the edit; samples without an image are left alone.
+
+        Args:
+            weights: fp32 ``[B, H, n]``; keys behind those of ``view.tokens`` are those of generated tokens.
+        """
         raise TypeError(f"{type(self).__name__} does not implement edit()")
 
 

@@ -124,30 +124,6 @@ class TokenMap:
             return out
         return replace(out, valid=valid, vis=out.vis & valid, sys=out.sys & valid, qry=out.qry & valid)
 
-    def extend(self, new: int) -> TokenMap:
-        """The map after ``new`` generated tokens: valid text that is neither system nor question."""
-        if new == 0:
-            return self
-        b, device = self.batch, self.valid.device
-
-        def pad(x: Tensor, value: bool | int) -> Tensor:
-            return torch.cat([x, x.new_full((b, new, *x.shape[2:]), value)], dim=1)
-
-        last = self.index[:, -1:] + torch.arange(1, new + 1, device=device)
-        return replace(
-            self,
-            valid=pad(self.valid, True),
-            vis=pad(self.vis, False),
-            img_id=pad(self.img_id, -1),
-            order=pad(self.order, -1),
-            frame=pad(self.frame, -1),
-            cell=pad(self.cell, -1),
-            sys=pad(self.sys, False),
-            qry=pad(self.qry, False),
-            first=pad(self.first, False),
-            index=torch.cat([self.index, last], dim=1),
-        )
-
     def repeat(self, times: int) -> TokenMap:
         """Each sample ``times`` times, copies adjacent, as beam search and several return sequences lay them."""
         if times == 1:

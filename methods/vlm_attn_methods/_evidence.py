@@ -1,4 +1,4 @@
-"""Evidence that a draft found in the picture, laid out at the keys of a step once for all its layers."""
+"""Evidence that a draft found in the picture, laid out at the keys of a layer once and followed token by token."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlm_attn.stages import EditView
 from vlm_attn.tokens import TokenMap
 
-from ._rows import laid
+from ._rows import ROOM
+
+TINY = 1e-12
 
 
 @dataclass
@@ -18,86 +21,119 @@ class Step:
     """What the layers of one step share, at its ``n`` keys.
 
     Attributes:
-        tokens: roles of the keys. generated: how many of them are new.
-        columns: ``[B, n, 3]``, a row of weights times it: mass on visual keys, on evidence (over the number of heads),
-            on text behind the image.
-        gain: ``[B, 2, n]``, factors less 1: ``exp(alpha S) - 1``, 0 at all but visual keys; for text, see `gains`.
-        behind: ``[B, n]``, 1 at text behind the image, new tokens among it.
-        floor: ``[B, n]``, ``beta - 1`` there.
+        generated: how many of the keys are new.
+        columns: ``[B, 3, n]``, mass of a row of weights on: evidence, text behind the image (new tokens among it),
+            visual keys.
+        gain: ``[B, 2, n]``, factors less 1: ``exp(alpha S) - 1``, 0 at all but visual keys; ``text w + beta - 1`` at
+            the text behind the image.
+        floor: ``[B, n]``, ``beta - 1`` at the text behind the image.
+        wall: ``[B, n]``, infinite at all but that text.
         looked: ``[B, n]``, attention that each text token paid to the evidence so far.
         low, high: ``[B, 1]``, its range over the text behind the image but for the newest key.
-        apart: ``[B, 1]``, 0 where the newest key is text behind the image, else infinite; None where it always is.
+        mean: ``[H, 1]``, ``1 / H``.
     """
 
-    tokens: TokenMap
     generated: int
     columns: Tensor
     gain: Tensor
-    behind: Tensor
     floor: Tensor
+    wall: Tensor
     looked: Tensor
     low: Tensor
     high: Tensor
-    apart: Tensor | None
+    mean: Tensor
+
+    def __post_init__(self) -> None:
+        self.newest, self.text_gain = self.looked[:, -1:], self.gain[:, 1]
 
     def gains(self, text: float) -> Tensor:
-        """``gain`` with ``text w + beta - 1`` at the text behind the image, w as it is by now."""
-        torch.addcmul(self.floor, self.behind, self._share(), value=text, out=self.gain[:, 1])
+        """``gain`` as it is by now: w is ``looked`` min-max over the text behind the image, 0 where it is constant."""
+        if self.generated:  # else nothing moved since it was laid out
+            low, high = torch.minimum(self.low, self.newest), torch.maximum(self.high, self.newest)
+            span = (high - low) + self.wall
+            torch.addcdiv(self.floor, self.looked - low, span, value=text, out=self.text_gain)
         return self.gain
 
-    def _share(self) -> Tensor:
-        """w ``[B, n]``, at the text behind the image: ``looked`` min-max over that text; 0 where it is constant."""
-        newest = self.looked[:, -1:]
-        if self.apart is None:
-            low, high = torch.minimum(self.low, newest), torch.maximum(self.high, newest)
-            return (self.looked - low) / (high - low).clamp(min=1e-12)
-        low, high = torch.minimum(self.low, newest + self.apart), torch.maximum(self.high, newest - self.apart)
-        return torch.where(high > low, (self.looked - low) / (high - low).clamp(min=1e-12), 0.0)
+
+@dataclass
+class Laid:
+    """The tensors of `Step` for layers with the same prompt keys ``arrived``, with room behind them."""
+
+    arrived: TokenMap
+    columns: Tensor
+    gain: Tensor
+    floor: Tensor
+    wall: Tensor
+    looked: Tensor
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    step: Step | None = None
+
+    @property
+    def generated(self) -> Tensor:
+        """``looked`` of the tokens generated so far, ``[B, T]``."""
+        return self.looked[:, self.arrived.length :][:, : self.step.generated if self.step else 0]
+
+    def at(self, keys: int) -> Step:
+        """The step with so many keys."""
+        new = keys - self.arrived.length
+        if self.step is None or self.step.generated != new:
+            low, high = self.low, self.high
+            if new > 1:
+                older = self.looked[:, self.arrived.length : keys - 1]
+                low = torch.minimum(low, older.amin(1, keepdim=True))
+                high = torch.maximum(high, older.amax(1, keepdim=True))
+            columns, gain = self.columns[:, :, :keys], self.gain[:, :, :keys]
+            floor, wall, looked = self.floor[:, :keys], self.wall[:, :keys], self.looked[:, :keys]
+            self.step = Step(new, columns, gain, floor, wall, looked, low, high, self.mean)
+        return self.step
 
 
 @dataclass
 class Evidence:
-    """Evidence map ``[B, N]`` of the prompt, and how much each text token looked at it: prompt and generated."""
+    """Evidence map ``[B, N]`` of the prompt, how much each text token of it looked there, and the strengths."""
 
     map: Tensor
     prompt: Tensor
-    generated: Tensor
+    alpha: float
+    beta: float
+    text: float
     newest: tuple[int, int] | None = None
-    step: Step | None = None
+    laid: Laid | None = None
 
-    def at(self, view: EditView, heads: int, alpha: float, beta: float) -> Step:
-        """The step that a layer belongs to; layers with the same keys share it."""
-        if self.step is None or self.step.tokens is not view.tokens:
-            self.step = self._laid(view, heads, alpha, beta)
-        return self.step
+    def at(self, view: EditView, heads: int, keys: int) -> Step:
+        """The step that a layer with weights ``[B, heads, keys]`` belongs to; layers with the same keys share it."""
+        laid = self.laid
+        if laid is None or laid.arrived is not view.tokens or laid.looked.shape[1] < keys:
+            laid = self.laid = self._lay(view.tokens, heads, keys)
+        return laid.at(keys)
 
-    def _laid(self, view: EditView, heads: int, alpha: float, beta: float) -> Step:
-        generated = view.tokens.length - int((view.tokens.index[0] < view.prompt.length).sum())
-        missing = max(generated - self.generated.shape[1], 0)
-        self.generated = torch.nn.functional.pad(self.generated, (0, missing))
-        vis = view.tokens.vis.float()
-        evidence = laid(self.map, view) * vis
-        behind = view.tokens.qry | (view.tokens.index >= view.prompt.length)
-        looked = laid(torch.cat([self.prompt, self.generated], dim=1), view)
-        infinite = torch.full_like(looked, float("inf"))
-        return Step(
-            tokens=view.tokens,
-            generated=generated,
-            columns=torch.stack([vis, evidence / heads, behind.float()], dim=-1),
-            gain=torch.stack([(alpha * evidence).expm1(), torch.zeros_like(evidence)], dim=1),
-            behind=behind.float(),
-            floor=(beta - 1) * behind,
-            looked=looked,
-            low=torch.where(behind, looked, infinite)[:, :-1].amin(1, keepdim=True),
-            high=torch.where(behind, looked, -infinite)[:, :-1].amax(1, keepdim=True),
-            apart=None if bool(behind[:, -1].all()) else torch.where(behind, 0.0, infinite)[:, -1:],
+    def _lay(self, arrived: TokenMap, heads: int, keys: int) -> Laid:
+        vis, behind = arrived.vis.float(), arrived.qry
+        evidence, looked = self.map.gather(1, arrived.index) * vis, self.prompt.gather(1, arrived.index)
+        low = torch.where(behind, looked, float("inf")).amin(1, keepdim=True)
+        high = torch.where(behind, looked, -float("inf")).amax(1, keepdim=True)
+        share = torch.where(behind & (high > low), (looked - low) / (high - low), 0.0)
+        floor = (self.beta - 1) * behind
+        room = keys - arrived.length + ROOM
+        generated = looked.new_zeros(len(looked), 0) if self.laid is None else self.laid.generated
+        return Laid(
+            arrived=arrived,
+            columns=torch.stack(
+                [pad(evidence, (0, room)), pad(behind.float(), (0, room), value=1.0), pad(vis, (0, room))], 1
+            ),
+            gain=pad(torch.stack([(self.alpha * evidence).expm1(), floor + self.text * share], dim=1), (0, room)),
+            floor=pad(floor, (0, room), value=self.beta - 1),
+            wall=pad(torch.where(behind, TINY, float("inf")), (0, room), value=TINY),
+            looked=pad(torch.cat([looked, generated], dim=1), (0, room - generated.shape[1])),
+            low=low,
+            high=high,
+            mean=looked.new_full((heads, 1), 1 / heads),
         )
 
-    def look(self, layer: int, paid: Tensor) -> None:
-        """The newest token pays ``paid [B]`` in a layer; a row that is asked for twice pays once."""
-        step = self.step
-        if step is None or self.newest == (layer, step.generated):
-            return
-        self.newest = layer, step.generated
-        self.generated[:, -1] += paid
-        step.looked[:, -1] = self.generated[:, -1]
+    def look(self, layer: int, step: Step, paid: Tensor) -> None:
+        """The heads of the newest token pay ``paid [B, H]`` in a layer; a row that is asked for twice pays once."""
+        if self.newest != (layer, step.generated):
+            self.newest = layer, step.generated
+            step.newest.addmm_(paid, step.mean)

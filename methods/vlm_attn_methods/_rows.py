@@ -7,12 +7,13 @@ from torch import Tensor
 
 from vlm_attn.stages import EditView
 
+ROOM = 64  # generated tokens for which a layout of the keys has room before it is made anew
+
 
 def ranked(values: Tensor, fraction: float) -> Tensor:
-    """1 at the top ``int(fraction H)`` (at least one) of the last axis, earlier ones first among equals; 0 else."""
-    count = max(1, int(fraction * values.shape[-1]))
-    order = values.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(values).scatter_(-1, order, 1.0)
+    """1 at the top ``int(fraction H)`` (at least one) of the last axis, 0 else."""
+    top = values.topk(max(1, int(fraction * values.shape[-1]))).indices
+    return torch.zeros_like(values).scatter_(-1, top, 1.0)
 
 
 def raised(weights: Tensor, chosen: Tensor, gains: Tensor) -> Tensor:
@@ -39,10 +40,3 @@ def scattered(values: Tensor, view: EditView) -> Tensor:
     """Values ``[B, n]`` of a layer's slots at the positions of the whole prompt ``[B, N]``."""
     out = values.new_zeros(view.prompt.vis.shape)
     return out.scatter(1, view.tokens.index, values)
-
-
-def laid(values: Tensor, view: EditView) -> Tensor:
-    """Values ``[B, N]`` of the whole prompt at a layer's slots, 0 at generated tokens."""
-    longest = int(view.tokens.index.max()) + 1
-    padded = torch.nn.functional.pad(values, (0, max(longest - values.shape[1], 0)))
-    return padded.gather(1, view.tokens.index)

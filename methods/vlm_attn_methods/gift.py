@@ -12,9 +12,9 @@ from torch import Tensor
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import EditView, ModelInfo, RowEdit, check_layer, method_dataclass
 
-from ._gaze import Gaze, Step
+from ._gaze import Gaze, Laid
 from ._layers import Layer, check_layers
-from ._rows import evidence_factor, laid, raised, ranked, scattered
+from ._rows import evidence_factor, raised, ranked, scattered
 
 
 @method_dataclass
@@ -122,19 +122,21 @@ class GIFT(RowEdit):
             out[row, slots] = evidence_factor(shift[chosen.bool()].mean((0, 1)), self.clamp_sigma)
         return Gaze(scattered(out, view))
 
-    def _laid(self, view: EditView, saliency: Tensor) -> Step:
-        vis, asked = view.tokens.vis.float(), laid(self._question(view)[0].float(), view)
-        gain = ((self.alpha or 0.0) * laid(saliency, view) * vis).expm1()
+    def _lay(self, view: EditView, saliency: Tensor) -> Laid:
+        index, vis = view.tokens.index, view.tokens.vis.float()
+        asked = self._question(view)[0].float().gather(1, index)
+        gain = ((self.alpha or 0.0) * saliency.gather(1, index) * vis).expm1()
         columns = torch.stack([vis, vis * (1 + gain), asked], dim=-1)
-        return Step(view.tokens, columns, torch.stack([gain, asked], dim=1))
+        return Laid(view.tokens, columns, torch.stack([gain, asked], dim=1))
 
     def edit(self, weights: Tensor, view: EditView, memory: Gaze | None) -> Tensor:
         if memory is None or (not self.alpha and self.beta in (None, 1)):
             return weights
-        step = memory.step
-        if step is None or step.tokens is not view.tokens:  # layers with the same keys share it
-            step = memory.step = self._laid(view, memory.map)
-        masses = torch.bmm(weights, step.columns)
+        laid, keys = memory.laid, weights.shape[-1]
+        if laid is None or laid.tokens is not view.tokens:  # layers with the same prompt keys share it
+            laid = memory.laid = self._lay(view, memory.map)
+        laid.reach(keys)
+        masses = torch.bmm(weights, laid.columns[:, :keys])
         chosen = ranked(masses[..., ::2].transpose(1, 2), self.head_fraction)
         if self.beta is None:
             chosen[:, 1] = 0
@@ -142,4 +144,4 @@ class GIFT(RowEdit):
             before, after, _ = torch.bmm(chosen[:, :1], masses)[:, 0].split(1, dim=1)
             minus_one = before.new_full((), -1.0)
             chosen[:, 1].mul_(torch.addcdiv(minus_one, after, before.clamp(min=1e-12), value=self.beta))
-        return raised(weights, chosen, step.gains)
+        return raised(weights, chosen, laid.gains[:, :, :keys])

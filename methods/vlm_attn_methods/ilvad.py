@@ -95,16 +95,17 @@ class ILVAD(RowEdit):
             evidence[row, vis[row]] = evidence_factor(rises * (attended > attended.mean()), 3.0)
         prompt = torch.zeros(vis.shape, device=vis.device)
         prompt[:, draft.index] = sum((rows @ evidence[..., None])[..., 0] for rows in draft.rows.values())
-        return Evidence(evidence, prompt * view.prompt.qry, prompt.new_zeros(len(vis), 0))
+        return Evidence(evidence, prompt * view.prompt.qry, self.alpha, self.beta, self.text)
 
     def edit(self, weights: Tensor, view: EditView, memory: Evidence | None) -> Tensor:
         if memory is None or self.draft_tokens == 0:
             return weights
-        step = memory.at(view, weights.shape[1], self.alpha, self.beta)
+        step = memory.at(view, *weights.shape[1:])
         if step.generated == 0 and not self.prompt_row:
             return weights
-        visual, proof, text = torch.bmm(weights, step.columns).unbind(-1)
+        masses = torch.bmm(step.columns, weights.transpose(1, 2))
+        proof, _, visual = masses.unbind(1)
         if step.generated:
-            memory.look(view.layer, proof.sum(1))
-        masses = torch.stack([proof / visual.clamp(min=1e-12), text], dim=1)
-        return raised(weights, ranked(masses, self.head_fraction), step.gains(self.text))
+            memory.look(view.layer, step, proof)
+        proof.div_(visual.clamp(min=1e-12))  # each head's share of evidence: what it is ranked by
+        return raised(weights, ranked(masses[:, :2], self.head_fraction), step.gains(self.text))

@@ -28,7 +28,7 @@ FUSED_ROWS = 512
 
 @dataclass(frozen=True)
 class Remembered:
-    """A row edit with what it remembers of the prompt and the roles of all keys of the call."""
+    """A row edit with what it remembers of the prompt and the roles of the prompt's keys."""
 
     edit: RowEdit
     view: EditView
@@ -47,8 +47,7 @@ class Remembered:
         edited = self.apply(weights, active)
         if edited is weights:
             return weights, None
-        moved = (edited - weights).abs_().amax(-1)  # now: both would have to be held otherwise
-        return edited, lambda: moved > 0
+        return edited, lambda: (edited - weights).abs_().amax(-1) > 0
 
 
 Item = Labelled | Remembered
