@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -47,12 +48,12 @@ def mitigv_pai(trial: bench.Trial) -> bench.Taken:
     stock: list[float] = []
 
     def ended(*_: Any) -> None:
-        seconds.append(trial.now() - started[-1])
+        seconds.append(trial.clock() - started[-1])
         if beside is not None:
             stock.append(beside())
 
     hooks = [
-        model.register_forward_pre_hook(lambda *_: started.append(trial.now())),
+        model.register_forward_pre_hook(lambda *_: started.append(trial.clock())),
         model.register_forward_hook(ended),
     ]
     if beside is not None:
@@ -66,13 +67,17 @@ def mitigv_pai(trial: bench.Trial) -> bench.Taken:
             model=model, processor=Prepared(trial.job), alpha=0.2, gamma=1.0, start_layer=2, end_layer=layers,
             max_new_tokens=trial.steps + 1, do_sample=False,
         )  # fmt: skip
-        pai(None, "<image>")
+        with trial.in_turn():
+            pai(None, "<image>")
     finally:
         model.set_attn_implementation("sdpa")
         for hook in hooks:
             hook.remove()
     decode = statistics.median(seconds[1:])
-    return bench.Taken(seconds[0], decode, statistics.median(stock or [decode]), facts={"calls": len(seconds)})
+    return bench.Taken(
+        seconds[0], decode, statistics.median(stock or [decode]), facts={"calls": len(seconds)},
+        stock_prefill=beside.prefill if beside is not None else math.nan,
+    )  # fmt: skip
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
 """Every attention edit against the stock model: prefill, decode, peak memory, beside attention read the eager way.
 
-Each round times every case once, in rotating order. A prefill is divided by the mean of the stock prefills around it
-(one before the first case, after the last and after every second one); decode steps alternate with stock's on a twin
-of the model and are divided by those. A session that edits nothing is timed along: where it does not land within 5 %
-of stock, the run is void.
+Each round times every case once, in rotating order. Decoder layers of a prefill and decode steps alternate with those
+of stock on a twin of the model and are divided by them; on a GPU a prefill is divided by the mean of the stock
+prefills around it (one before the first case, after the last and after every second one). A session that edits nothing
+is timed along: where it does not land within 5 % of stock, the run is void.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..session import Session, attach
 from ..stages import Method, RowEdit
 from . import memory, overview, paired, setup
 from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
-from .turns import StockSteps, Taken, Trial
+from .turns import Stock, Taken, Trial
 
 CONTROL = "noop control"
 EAGER = "eager, attentions returned"
@@ -191,7 +191,7 @@ def bench_shape(
         found = [*_chosen(found, only), *(replace(peer, taken=[], around=[]) for peer in peers)]
         now = _clock(clock, device)
 
-        trial = Trial(model, job, steps, now, StockSteps(model, job, now))
+        trial = Trial(model, job, steps, now, Stock(model, job, now, layers=device == "cpu"))
         alone = replace(trial, steps=2, beside=None)
 
         bytes_of_stock = memory.peak(alone.run, device)
@@ -204,7 +204,8 @@ def bench_shape(
             return case.run(trial)
 
         trial.run()  # warm-up
-        paired.time_rounds(found, rounds, replace(alone, steps=0).run, run)
+        around = None if device == "cpu" else replace(alone, steps=0).run
+        paired.time_rounds(found, rounds, run, around)
         answers = whole_answers(model, job, steps, now, min(rounds, 3)) if not only else []
     return _report(shape, found, bytes_of_stock, answers, device)
 

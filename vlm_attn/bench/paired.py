@@ -1,4 +1,4 @@
-"""Cases timed with stock runs around them, and what they are as multiples of those."""
+"""Cases timed with stock runs around them or in turn with them, and what they are as multiples of those."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BETWEEN_STOCK = 2
 
 
 class Timed(Protocol):
-    """A case: its runs, and for each the stock runs before and after it."""
+    """A case: its runs, and for each the stock runs before and after it (the same one, if it was taken in turn)."""
 
     taken: list[Any]
     around: list[tuple[Any, Any]]
@@ -32,11 +32,25 @@ def time_round(found: Sequence[C], stock: Callable[[], Any], run: Callable[[C], 
         before = after
 
 
-def time_rounds(found: Sequence[C], rounds: int, stock: Callable[[], Any], run: Callable[[C], Any]) -> None:
-    """Rounds in rotating order."""
+def time_in_turn(found: Sequence[C], run: Callable[[C], Any]) -> None:
+    """Times every case once, by runs that bring the stock run taken in turn with them (``stock``)."""
+    for case in found:
+        taken = run(case)
+        case.taken.append(taken)
+        case.around.append((taken.stock, taken.stock))
+
+
+def time_rounds(
+    found: Sequence[C], rounds: int, run: Callable[[C], Any], stock: Callable[[], Any] | None = None
+) -> None:
+    """Rounds in rotating order, with ``stock`` around the cases, or in turn with each."""
     for number in range(rounds):
         first = number * BETWEEN_STOCK % len(found)
-        time_round([*found[first:], *found[:first]], stock, run)
+        order = [*found[first:], *found[:first]]
+        if stock is None:
+            time_in_turn(order, run)
+        else:
+            time_round(order, stock, run)
 
 
 def ratio(

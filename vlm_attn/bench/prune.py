@@ -1,11 +1,10 @@
 """Every pruning method against the stock model: what it keeps, what that allows, what it gives, what choosing costs.
 
 The language model is timed on random weights; what the tiny vision tower takes by itself comes off every prefill. Each
-round times every case once, in rotating order. A prefill is divided by the mean of the stock prefills around it (one
-before the first case, after the last and after every second one); decode steps alternate with stock's on a twin of the
-model and are divided by those. A pruner that keeps everything is timed along: where it does not land within 5 % of
-stock, the run is void. A text prompt as long as the shortest pruned one is timed too: no choice of tokens can be
-faster.
+round times every case once, in rotating order. Decoder layers of a prefill and decode steps alternate with those of
+stock on a twin of the model and are divided by them. A pruner that keeps everything is timed along: where it does not
+land within 5 % of stock, the run is void. A text prompt as long as the shortest pruned one is timed too: no choice of
+tokens can be faster.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..stages import Method
 from . import memory, paired, setup
 from .overview import CONTROL, ideal_ratio
 from .setup import CLOCKS, CONTROL_TOLERANCE, Shape
-from .turns import StockSteps, Taken, Trial
+from .turns import Stock, Taken, Trial
 
 FORMULA = "(2 + 2 s) n d^2 + n (n + 1) d + 3 n d m per layer, s = share of key/value heads (vlm_attn/flops.py, causal)"
 SHARE = 1 / 9
@@ -132,7 +131,7 @@ def run_case(trial: Trial, shape: Shape, case: Case) -> Taken:
         taken.facts["per_layer"] = [kept] * shape.layers
         return taken
     with attach(trial.model, case.method) as session:
-        meter = _Meter(trial.now)
+        meter = _Meter(trial.clock)
         watched = ("read", "_read_ahead", "_cut", "cut_heads")
         for name in watched:
             meter.watch(session.pruner, name)
@@ -164,7 +163,7 @@ def bench_shape(
         now = CLOCKS[clock]
         found = chosen(cases(shape), only)
 
-        trial = Trial(model, job, steps, now, StockSteps(model, job, now))
+        trial = Trial(model, job, steps, now, Stock(model, job, now))
         alone = replace(trial, steps=1, beside=None)
 
         def run(case: Case) -> Taken:
@@ -177,7 +176,7 @@ def bench_shape(
             tick()
         trial.run()  # warm-up
         tower = encoding(trial)
-        paired.time_rounds(found, rounds, replace(alone, steps=0).run, run)
+        paired.time_rounds(found, rounds, run)
     return _report(shape, found, steps, tower, bytes_of_stock)
 
 
