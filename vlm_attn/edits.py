@@ -118,13 +118,20 @@ class Edits:
                 continue
             view = self._view(edit, number, hidden, request)
             if isinstance(edit, LogitMap):
-                request.maps[i, number] = _acting(edit.key_map(view))
+                request.maps[i, number] = self._map(i, edit, view, request)
             if isinstance(edit, KeyBias):
                 bias = self._in_heads(edit.bias(view), self._chosen(edit, number, hidden.device))
                 if bool(bias.any()):
                     request.biases[i, number] = bias
             if isinstance(edit, SegmentEdit) and not edit.wants_columns:
                 self._label(i, edit, number, edit.labels(view), request)
+
+    def _map(self, i: int, edit: LogitMap, view: EditView, request: Request) -> KeyMap:
+        """The map of a layer's keys; layers with the same keys share it."""
+        found = request.shared_maps.get(i)
+        if found is None or found[0] is not view.tokens:
+            found = request.shared_maps[i] = view.tokens, _acting(edit.key_map(view))
+        return found[1]
 
     def _label(self, i: int, edit: SegmentEdit, layer: int, labels: Tensor, request: Request) -> None:
         request.labels[i, layer] = labels

@@ -76,6 +76,7 @@ class Request:
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     factors: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     maps: dict[tuple[int, int], KeyMap] = field(default_factory=dict, repr=False)
+    shared_maps: dict[int, tuple[TokenMap, KeyMap]] = field(default_factory=dict, repr=False)
     memory: dict[int, Any] = field(default_factory=dict, repr=False)
     encoder: dict[EncoderScore, Tensor] = field(default_factory=dict, repr=False)
     words: Words | None = None

@@ -108,7 +108,8 @@ class LogitMap(Edit):
     rows: ClassVar[Rows] = "last"
 
     def key_map(self, view: EditView) -> KeyMap:
-        """The map of one layer's prompt keys; called once per request and layer, in the prefill."""
+        """The map of the prompt keys ``view.tokens``, in the prefill; layers with the same keys share the first one's,
+        so it depends on nothing else of a layer."""
         raise TypeError(f"{type(self).__name__} does not implement key_map()")
 
 

@@ -84,7 +84,7 @@ class Paint(LogitMap):
             for received in spatial:
                 chosen |= top(received[row, slots], int(self.spatial_ratio * slots.numel()))
             key = summary[row, slots]
-            low, high = key.quantile(0.25), key.quantile(0.75)
+            low, high = key.quantile(key.new_tensor([0.25, 0.75]))
             outlying = top(key, int((key > high + self.iqr_factor * (high - low)).sum()))
             values = torch.where(chosen, self.alpha, 0.0)
             boost[row, slots] = torch.where(outlying, self.beta, values).to(boost.device)
