@@ -30,7 +30,9 @@ class Step:
         wall: ``[B, n]``, infinite at all but that text.
         looked: ``[B, n]``, attention that each text token paid to the evidence so far.
         low, high: ``[B, 1]``, its range over the text behind the image but for the newest key.
+        tiny: ``[3, 1]``, 0, 0 and a mass that no head's visual one falls below.
         mean: ``[H, 1]``, ``1 / H``.
+        zeros: ``[B, 2, H]``.
     """
 
     generated: int
@@ -41,10 +43,16 @@ class Step:
     looked: Tensor
     low: Tensor
     high: Tensor
+    tiny: Tensor
     mean: Tensor
+    zeros: Tensor
 
     def __post_init__(self) -> None:
         self.newest, self.text_gain = self.looked[:, -1:], self.gain[:, 1]
+
+    def masses(self, weights: Tensor) -> Tensor:
+        """``[B, 3, H]``: mass of each head's row of ``weights [B, H, n]`` on the columns; never 0 on visual keys."""
+        return torch.baddbmm(self.tiny, self.columns, weights.transpose(1, 2))
 
     def gains(self, text: float) -> Tensor:
         """``gain`` as it is by now: w is ``looked`` min-max over the text behind the image, 0 where it is constant."""
@@ -67,7 +75,9 @@ class Laid:
     looked: Tensor
     low: Tensor
     high: Tensor
+    tiny: Tensor
     mean: Tensor
+    zeros: Tensor
     step: Step | None = None
 
     @property
@@ -86,7 +96,8 @@ class Laid:
                 high = torch.maximum(high, older.amax(1, keepdim=True))
             columns, gain = self.columns[:, :, :keys], self.gain[:, :, :keys]
             floor, wall, looked = self.floor[:, :keys], self.wall[:, :keys], self.looked[:, :keys]
-            self.step = Step(new, columns, gain, floor, wall, looked, low, high, self.mean)
+            fixed = self.tiny, self.mean, self.zeros
+            self.step = Step(new, columns, gain, floor, wall, looked, low, high, *fixed)
         return self.step
 
 
@@ -129,7 +140,9 @@ class Evidence:
             looked=pad(torch.cat([looked, generated], dim=1), (0, room - generated.shape[1])),
             low=low,
             high=high,
+            tiny=looked.new_tensor([[0.0], [0.0], [TINY]]),
             mean=looked.new_full((heads, 1), 1 / heads),
+            zeros=looked.new_zeros(len(looked), 2, heads),
         )
 
     def look(self, layer: int, step: Step, paid: Tensor) -> None:

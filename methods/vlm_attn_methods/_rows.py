@@ -10,10 +10,10 @@ from vlm_attn.stages import EditView
 ROOM = 64  # generated tokens for which a layout of the keys has room before it is made anew
 
 
-def ranked(values: Tensor, fraction: float) -> Tensor:
-    """1 at the top ``int(fraction H)`` (at least one) of the last axis, 0 else."""
+def ranked(values: Tensor, fraction: float, zeros: Tensor | None = None) -> Tensor:
+    """1 at the top ``int(fraction H)`` (at least one) of the last axis, 0 else; ``zeros`` to start from."""
     top = values.topk(max(1, int(fraction * values.shape[-1]))).indices
-    return torch.zeros_like(values).scatter_(-1, top, 1.0)
+    return (torch.zeros_like(values) if zeros is None else zeros).scatter(-1, top, 1.0)
 
 
 def raised(weights: Tensor, chosen: Tensor, gains: Tensor) -> Tensor:

@@ -103,9 +103,9 @@ class ILVAD(RowEdit):
         step = memory.at(view, *weights.shape[1:])
         if step.generated == 0 and not self.prompt_row:
             return weights
-        masses = torch.bmm(step.columns, weights.transpose(1, 2))
+        masses = step.masses(weights)
         proof, _, visual = masses.unbind(1)
         if step.generated:
             memory.look(view.layer, step, proof)
-        proof.div_(visual.clamp(min=1e-12))  # each head's share of evidence: what it is ranked by
-        return raised(weights, ranked(masses[:, :2], self.head_fraction), step.gains(self.text))
+        proof.div_(visual)  # each head's share of evidence: what it is ranked by
+        return raised(weights, ranked(masses[:, :2], self.head_fraction, step.zeros), step.gains(self.text))
