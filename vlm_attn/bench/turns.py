@@ -180,12 +180,14 @@ class Trial:
         stock: list[float] = []
         if self.beside is not None:
             self.beside.restart()
-        for _ in range(self.steps):
-            if self.beside is not None:
-                stock.append(self.beside())
-            start = self.now()
-            setup.decode(self.model, self.job, cache, 1, **extra)
-            own.append(self.now() - start)
+        for step in range(self.steps):
+            for mine in (True, False) if step % 2 else (False, True):  # whoever is second pays for the change
+                if mine:
+                    start = self.now()
+                    setup.decode(self.model, self.job, cache, 1, **extra)
+                    own.append(self.now() - start)
+                elif self.beside is not None:
+                    stock.append(self.beside())
         return Taken(
             prefill, _median(own), _median(stock), stock_prefill=self.beside.prefill if self.beside else math.nan
         )
