@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -90,7 +91,7 @@ class HeadGate(SegmentEdit, HeadScale):
     def scales(self, masses: Tensor, counts: Tensor) -> Tensor:
         others = masses[..., 0]
         alone = others < torch.finfo(torch.float32).tiny  # with nothing else to look at, nothing is blocked
-        scales = torch.stack([others.reciprocal(), torch.zeros_like(others)], dim=-1)
+        scales = _kept(masses.device) / others[..., None]
         return scales.masked_fill_(alone[..., None], 1.0)
 
     def mix(self, counts: Tensor) -> tuple[Mix, Tensor]:
@@ -100,3 +101,9 @@ class HeadGate(SegmentEdit, HeadScale):
         out = torch.ones(last.shape[:2], device=last.device)
         out[:, list(self.heads_at(layer))] = self.factor
         return out
+
+
+@functools.cache
+def _kept(device: torch.device) -> Tensor:
+    """1 for the segment that stays, 0 for the blocked one."""
+    return torch.tensor([1.0, 0.0], device=device)
