@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests import models
 from tests.reference.pruning import exp_trend, pad_visible
 from vlm_attn import calibration, readings, selection
 from vlm_attn.contract import field_names
+from vlm_attn.errors import MissingProfileError
 from vlm_attn.families.zoo import SPECIMENS, Sample
 from vlm_attn.profiles import Profile
 from vlm_attn.stages import Prune
@@ -60,17 +62,33 @@ def test_all_methods_that_read_the_decoder_are_wrapped() -> None:
             vlm_attn.method(name, calibrate=["exp_trend"])
 
 
-@pytest.mark.parametrize("how", ["exp_trend", "mean_map"])
+def weights_of(how: str) -> tuple[dict[str, Any], Tensor]:
+    """Parameters of a way of debiasing, and its factor at each of the visual tokens, literally."""
+    n = models.N_VISUAL
+    if how == "exp_trend":
+        return {"sigma": 2.0}, exp_trend(n, 2.0)
+    if how == "grid_trend":
+        grid = [[math.exp(-2.0 * r / 3 + 1.5 * c / 3) for c in range(models.GRID)] for r in range(models.GRID)]
+        return {"grid_sigma": (2.0, -1.5)}, torch.tensor(grid).flatten()
+    if how == "fastv_released":
+        x = [i / (n - 1) for i in range(n)]
+        return {}, torch.tensor([1 / (1 + 1.73373862 * t - 4.82643345 * t**2 + 4.88412565 * t**3) for t in x])
+    mean = [0.05 + (5 * i) % 7 for i in range(n)]
+    return {"mean": mean}, torch.tensor([1 / (m + 1e-7) for m in mean])
+
+
+@pytest.mark.parametrize("how", ["exp_trend", "grid_trend", "mean_map", "fastv_released"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_debiasing_acts_as_if_the_attention_had_been_another(
     name: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that a method does - choosing, merging, later stages - follows the weighted first score, and only that."""
-    n = models.N_VISUAL
-    mean = [0.05 + (5 * i) % 7 for i in range(n)]
-    given = {"sigma": 2.0} if how == "exp_trend" else {"mean": mean}
-    factor = exp_trend(n, 2.0) if how == "exp_trend" else torch.tensor([1 / (m + 1e-7) for m in mean])
-    plain, seeds = readings.read, (4, 11, 12)
+    if how == "fastv_released" and name != "fastv":
+        with pytest.raises(ValueError, match="calibrate"):
+            vlm_attn.method(name, calibrate=[how])
+        return
+    (given, factor), n = weights_of(how), models.N_VISUAL
+    plain, seeds = readings.read, range(4, 20)
 
     def weighted(score: Any, call: Any, rows: Tensor, visual: Tensor, tables: Any = None) -> Tensor:
         out = plain(score, call, rows, visual, tables)
@@ -163,6 +181,24 @@ def test_calibration_finds_a_trend_that_was_put_in(
     assert abs(record["sigma_after"]) < 0.05
 
 
+def test_calibration_finds_a_trend_of_rows_and_one_of_columns(
+    scenes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, side = readings.read, 10
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / (side - 1)
+    put_in = torch.exp(0.9 * places[:, 0] - 0.6 * places[:, 1]) * (1 + 0.05 * torch.sin(torch.arange(100) * 12.9898))
+
+    def biased(score: Any, call: Any, rows: Tensor, visual: Tensor, tables: Any = None) -> Tensor:
+        out = plain(score, call, rows, visual, tables)
+        out[..., visual[0]] = put_in
+        return out
+
+    monkeypatch.setattr(readings, "read", biased)
+    (record,) = calibration.calibrate(scenes, ["fastv"], n=2, out=tmp_path / "p.json")["entries"].values()
+    assert record["grid_sigma"] == pytest.approx([0.9, -0.6], abs=0.05)
+    assert record["grid_sigma_after"] == pytest.approx([0, 0], abs=0.05)
+
+
 def test_calibration_measures_each_methods_own_score(scenes: Any, tmp_path: Path) -> None:
     """What is written is what the method asks for; a file may name other layers; the pipeline is back afterwards."""
     scenes.set_method("vcd")
@@ -187,7 +223,29 @@ def test_calibration_measures_each_methods_own_score(scenes: Any, tmp_path: Path
 def test_a_calibration_that_failed_its_check_says_so() -> None:
     with vlm_attn.attach(models.llava(4)) as session:
         info = session.info
-    entry = {"trend:last_row@1": {"sigma": 1.0, "sigma_after": 0.3}}
+    entry: dict[str, dict[str, Any]] = {"trend:last_row@1": {"sigma": 1.0, "sigma_after": 0.3}}
     with pytest.warns(UserWarning, match="failed its self-check"):
         method: Any = vlm_attn.method("fastv", calibrate=["exp_trend"])
         assert method.resolve(info, Profile("x", info.signature, entry)).sigma == 1.0
+    method = vlm_attn.method("fastv", calibrate=["grid_trend"])
+    with pytest.raises(MissingProfileError, match=r"rows and columns.*calibrate again"):
+        method.resolve(info, Profile("x", info.signature, entry))
+    entry["trend:last_row@1"].update(grid_sigma=[1.0, -0.5], grid_sigma_after=[0.0, -0.3])
+    with pytest.warns(UserWarning, match=r"an exponent of -0.30 is left"):
+        assert method.resolve(info, Profile("x", info.signature, entry)).grid_sigma == (1.0, -0.5)
+
+
+def test_one_trend_is_taken_out_at_most() -> None:
+    with vlm_attn.attach(models.llava(4)) as session:
+        for first, second in (("exp_trend", "grid_trend"), ("grid_trend", "mean_map"), ("mean_map", "fastv_released")):
+            method: Any = vlm_attn.method("fastv", calibrate=[second, first])
+            with pytest.raises(ValueError, match=f"{first} and {second} both take out the trend"):
+                method.resolve(session.info, session.profile)
+
+
+def test_a_trend_of_rows_and_columns_needs_a_grid() -> None:
+    """The queries of a query transformer stand for no place in the picture."""
+    model, specimen = SPECIMENS["instructblip"].build(), SPECIMENS["instructblip"]
+    method = vlm_attn.method("fastv", calibrate=["grid_trend"], grid_sigma=(1.0, 1.0), keep=2)
+    with vlm_attn.attach(model, method), pytest.raises(ValueError, match="no grid of rows and columns.*exp_trend"):
+        model(**specimen.inputs([Sample()]))

@@ -197,7 +197,7 @@ def test_unpadded_cells(size: tuple[int, int]) -> None:
 
 def test_grid_trend_is_the_product_of_two() -> None:
     cells = torch.cartesian_prod(torch.arange(3), torch.arange(5))
-    w = calibrators.grid_trend_weights(cells, (3, 5), 1.2, 0.4)
+    w = calibrators.grid_trend_weights(calibrators.grid_position(cells, torch.tensor([3, 5])), 1.2, 0.4)
     expected = [math.exp(-1.2 * r / 2) * math.exp(-0.4 * c / 4) for r in range(3) for c in range(5)]
     close(w, expected)
 

@@ -38,7 +38,7 @@ PROMPTS = (
     "What colors are in the image?",
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-BINS = 64
+BINS, GRID_BINS = 64, 16
 
 
 def calibrate(
@@ -254,12 +254,13 @@ def trend(vlm: VLM, pairs: Sequence[Pair], method: Any) -> dict[str, Any]:
     Scores are divided by their mean per picture (unpublished choice, so that no picture dominates), averaged in 64
     bins of x over tokens that show picture, and fitted by least squares, started from the log-linear fit. The
     self-check fits the debiased scores in the same way: methods warn of a record whose ``sigma_after`` lies beyond
-    +-0.1. Where all pictures have the same number of visual tokens, ``mean`` holds the average place by place (0 where
-    no picture shows anything).
+    +-0.1. Where the tokens form a grid, ``grid_sigma`` holds the exponents of rows and of columns, fitted together in
+    16 x 16 bins. Where all pictures have the same number of visual tokens, ``mean`` holds the average place by place
+    (0 where no picture shows anything).
     """
     session = vlm._live()
     # Stand-ins, so that the method does not ask for what is measured here.
-    method = method.with_values(sigma=0.0, mean=(1.0,)).resolve(session.info, session.profile)
+    method = method.with_values(sigma=0.0, grid_sigma=(0.0, 0.0), mean=(1.0,)).resolve(session.info, session.profile)
     before = list(session.methods)
     vlm.set_method(Ranking(of=method))
     try:
@@ -270,7 +271,7 @@ def trend(vlm: VLM, pairs: Sequence[Pair], method: Any) -> dict[str, Any]:
 
 def _fitted(vlm: VLM, pairs: Sequence[Pair]) -> dict[str, Any]:
     session = vlm._live()
-    xs, values = [], []
+    xs, values, cells = [], [], []
     places: list[tuple[int, Tensor, Tensor]] = []
     for picture, text in pairs:
         with torch.no_grad():
@@ -281,32 +282,43 @@ def _fitted(vlm: VLM, pairs: Sequence[Pair]) -> dict[str, Any]:
             slots = all_slots[visible[row, all_slots]]
             found = scores[row, slots]
             xs.append(selection.position(tokens, row, slots))
+            if tokens.layouts[row][0].views:
+                cells.append(selection.place(tokens, row, slots))
             values.append(found / found.mean().clamp(min=1e-12))
             places.append((len(tokens.layouts[row][0]), tokens.order[row, slots], values[-1]))
-    x, y = torch.cat(xs).double().cpu().numpy(), torch.cat(values).double().cpu().numpy()
-    centres, means = _binned(x, y)
+    x, y = torch.cat(xs).double().cpu().numpy()[:, None], torch.cat(values).double().cpu().numpy()
+    centres, means = _binned(x, y, BINS)
     mu, sigma, slope = _exponential(centres, means)
-    residual = means - mu * np.exp(sigma * centres)
-    after = _exponential(*_binned(x, y * np.exp(-sigma * x)))[1]
+    residual = means - mu * np.exp(centres @ sigma)
+    after = _exponential(*_binned(x, y * np.exp(-(x @ sigma)), BINS))[1]
     return {
-        "sigma": round(float(sigma), 5),
-        "sigma_loglinear": round(float(slope), 5),
-        "mu": round(float(mu), 5),
+        "sigma": round(float(sigma[0]), 5),
+        "sigma_loglinear": round(float(slope[0]), 5),
+        "mu": round(mu, 5),
         "r2": round(float(1 - residual.var() / max(means.var(), 1e-12)), 4),
-        "sigma_after": round(float(after), 5),
+        "sigma_after": round(float(after[0]), 5),
         "tokens": int(tokens.vis[0].sum()),
         "pictures": len(pairs),
+        **(_grid(torch.cat(cells).double().cpu().numpy(), y) if len(cells) == len(xs) else {}),
         **_mean_map(places),
     }
 
 
-def _exponential(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """(mu, sigma) of the least-squares fit ``y = mu exp(sigma x)``, and the exponent of the log-linear one."""
-    slope, level = np.polyfit(x, np.log(np.maximum(y, 1e-12)), 1)
-    (mu, sigma), _ = optimize.curve_fit(
-        lambda t, a, b: a * np.exp(b * t), x, y, p0=(np.exp(level), slope), maxfev=10_000
+def _grid(cells: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """Exponents of rows and columns of scores at places ``[n, 2]``, and what the same fit finds after debiasing."""
+    sigma = _exponential(*_binned(cells, y, GRID_BINS))[1]
+    after = _exponential(*_binned(cells, y * np.exp(-(cells @ sigma)), GRID_BINS))[1]
+    return {"grid_sigma": sigma.round(5).tolist(), "grid_sigma_after": after.round(5).tolist()}
+
+
+def _exponential(x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """mu, sigma ``[k]`` of the least-squares fit ``y = mu exp(x sigma)`` to ``x [n, k]``; sigma of the log-linear."""
+    design = np.column_stack([np.ones(len(x)), x])
+    level, *slopes = np.linalg.lstsq(design, np.log(np.maximum(y, 1e-12)))[0]
+    (mu, *sigma), _ = optimize.curve_fit(
+        lambda t, a, *b: a * np.exp(t @ np.array(b)), x, y, p0=(np.exp(level), *slopes), maxfev=10_000
     )
-    return float(mu), float(sigma), float(slope)
+    return float(mu), np.array(sigma), np.array(slopes)
 
 
 def _mean_map(places: Sequence[tuple[int, Tensor, Tensor]]) -> dict[str, Any]:
@@ -322,10 +334,9 @@ def _mean_map(places: Sequence[tuple[int, Tensor, Tensor]]) -> dict[str, Any]:
     return {"mean": [round(float(value), 6) for value in total / seen.clamp(min=1)]}
 
 
-def _binned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean position and mean value per non-empty bin."""
-    bins = np.minimum((x * BINS).astype(int), BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    used = counts > 0
-    centres = np.bincount(bins, weights=x, minlength=BINS)[used] / counts[used]
-    return centres, np.bincount(bins, weights=y, minlength=BINS)[used] / counts[used]
+def _binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean position ``[m, k]`` and mean value ``[m]`` of the bins, ``bins`` per axis of ``x [n, k]``, with values."""
+    axes = np.minimum((x * bins).astype(int), bins - 1)
+    _, mine, counts = np.unique(axes, axis=0, return_inverse=True, return_counts=True)
+    *centres, means = (np.bincount(mine.ravel(), weights=column) / counts for column in (*x.T, y))
+    return np.column_stack(centres), means

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from .kit.budgets import budget, floor_share, proportional
+from .kit.calibrators import grid_position, grid_trend_weights, trend_weights
 from .kit.calibrators import mean_map as divide
-from .kit.calibrators import trend_weights
 from .kit.selectors import by_rank
 from .sites import PruneView
 from .tokens import TokenMap
@@ -65,6 +65,19 @@ def position(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
         count = int(mine.sum())
         rank[mine], last[mine] = torch.arange(count).float(), float(max(count - 1, 1))
     return (rank / last).to(slots.device)[tokens.order[row, slots]]
+
+
+def place(tokens: TokenMap, row: int, slots: Tensor) -> Tensor:
+    """(y, x) in [0, 1] of the slots of one image in their views, fp32 ``[n, 2]``.
+
+    Raises:
+        ValueError: the tokens of this image form no grid.
+    """
+    views = tokens.layouts[row][int(tokens.img_id[row, slots[0]])].views
+    if not views:
+        raise ValueError("this model's visual tokens form no grid of rows and columns; use calibrate=['exp_trend']")
+    grids = torch.tensor(views, device=slots.device)
+    return grid_position(tokens.cell[row, slots], grids[tokens.frame[row, slots]])
 
 
 def select(
@@ -135,11 +148,24 @@ def top_k(scores: Tensor) -> Callable[[int, Tensor, int], Tensor]:
     return lambda row, slots, k: by_rank(scores[row, slots])[:k]
 
 
-def exp_trend(tokens: TokenMap, scores: Tensor, sigma: float) -> Tensor:
-    """Divides scores by their positional trend: ``a_i * exp(-sigma * x_i)``, ``x_i = i / (N - 1)`` per image."""
+def weighted(tokens: TokenMap, scores: Tensor, weights: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scores times ``weights(x)``, ``x_i = i / (N - 1)`` per view."""
     out = scores.clone()
     for row, slots, _ in images(tokens):
-        out[row, slots] = scores[row, slots] * trend_weights(position(tokens, row, slots), sigma)
+        out[row, slots] = scores[row, slots] * weights(position(tokens, row, slots))
+    return out
+
+
+def exp_trend(tokens: TokenMap, scores: Tensor, sigma: float) -> Tensor:
+    """Divides scores by their positional trend: ``a_i * exp(-sigma * x_i)``, ``x_i = i / (N - 1)`` per view."""
+    return weighted(tokens, scores, lambda x: trend_weights(x, sigma))
+
+
+def grid_trend(tokens: TokenMap, scores: Tensor, sigma: tuple[float, float]) -> Tensor:
+    """Divides scores by a trend of rows and of columns: ``a_i * exp(-sigma_row y_i - sigma_column x_i)`` [ours]."""
+    out = scores.clone()
+    for row, slots, _ in images(tokens):
+        out[row, slots] = scores[row, slots] * grid_trend_weights(place(tokens, row, slots), *sigma)
     return out
 
 
@@ -169,11 +195,14 @@ __all__ = [
     "affordable",
     "budget",
     "exp_trend",
+    "grid_trend",
     "images",
     "mean_map",
+    "place",
     "position",
     "protected",
     "select",
     "top_k",
     "views",
+    "weighted",
 ]

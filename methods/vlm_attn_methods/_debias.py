@@ -10,11 +10,12 @@ from torch import Tensor
 
 from vlm_attn.errors import MissingProfileError
 from vlm_attn.profiles import Profile
-from vlm_attn.selection import exp_trend, mean_map
+from vlm_attn.selection import exp_trend, grid_trend, mean_map
 from vlm_attn.stages import Prune, PruneView, RowScore, Site, method_dataclass
 
-Positional = Literal["exp_trend", "mean_map", "pad_mask"]
+Positional = Literal["exp_trend", "grid_trend", "mean_map", "pad_mask"]
 Calibrator = Positional | Literal["rope_free", "rope_ones"]
+TRENDS = ("exp_trend", "grid_trend", "mean_map", "fastv_released")
 TOLERANCE = 0.1
 """Exponent that a calibration may leave in its own debiased scores, at most (the published self-check)."""
 
@@ -25,6 +26,8 @@ class Debiased(Prune):
 
     ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``, per view (tile canvas, frame) of the
     picture; sigma per checkpoint, from a profile.
+    ``grid_trend``: ``a_i * exp(-sigma_row y_i - sigma_column x_i)`` with (y, x) in [0, 1] the row and column in
+    the view [ours: for positions of several axes, M-RoPE]; both exponents per checkpoint, from a profile.
     ``mean_map``: ``a_i / (mean_i + 1e-7)`` with the mean of the same score over calibration pictures, place by place,
     instead of a curve [unverified]; per checkpoint and picture size, from a profile.
     ``pad_mask``: tokens that show only padding (more than half of the cell) are never chosen, so an image may keep
@@ -34,6 +37,7 @@ class Debiased(Prune):
 
     calibrate: Sequence[Calibrator] = ()
     sigma: float | None = None
+    grid_sigma: tuple[float, float] | None = None
     mean: Sequence[float] | None = None
 
     @property
@@ -50,21 +54,24 @@ class Debiased(Prune):
         return RowScore(layer, **how)
 
     def with_trend(self, profile: Profile) -> Self:
-        """The method with its sigma or mean map read from the profile, as far as ``calibrate`` needs them."""
-        if "exp_trend" in self.calibrate and "mean_map" in self.calibrate:
-            raise ValueError(f"{self.name}: exp_trend and mean_map both take out the trend; choose one")
-        if "exp_trend" in self.calibrate and self.sigma is None:
+        """The method with what ``calibrate`` needs read from the profile: exponents or a mean map."""
+        asked = [word for word in TRENDS if word in self.calibrate]
+        if len(asked) > 1:
+            raise ValueError(f"{self.name}: {asked[0]} and {asked[1]} both take out the trend; choose one")
+        if asked == ["exp_trend"] and self.sigma is None:
             record = self._record(profile)
-            left = float(record.get("sigma_after", 0.0))
-            if abs(left) >= TOLERANCE:
-                warnings.warn(
-                    f"{self.name}: the calibration of '{self.trend_id}' failed its self-check (an exponent of "
-                    f"{left:.2f} is left, less than {TOLERANCE} should be): the trend of this score is hardly "
-                    "exponential; calibrate=['mean_map'] needs no curve",
-                    stacklevel=2,
-                )
+            self._check(record.get("sigma_after", 0.0))
             return self.with_values(sigma=float(record["sigma"]))
-        if "mean_map" in self.calibrate and self.mean is None:
+        if asked == ["grid_trend"] and self.grid_sigma is None:
+            record = self._record(profile)
+            if not record.get("grid_sigma"):
+                raise MissingProfileError(
+                    f"{self.name}: the profile holds no exponents of rows and columns (it is older, or the model's "
+                    "visual tokens form no grid); calibrate again, or give grid_sigma"
+                )
+            self._check(*record.get("grid_sigma_after", ()))
+            return self.with_values(grid_sigma=tuple(float(value) for value in record["grid_sigma"]))
+        if asked == ["mean_map"] and self.mean is None:
             mean = self._record(profile).get("mean")
             if not mean:
                 raise MissingProfileError(
@@ -73,6 +80,17 @@ class Debiased(Prune):
                 )
             return self.with_values(mean=tuple(float(value) for value in mean))
         return self
+
+    def _check(self, *left: float) -> None:
+        """Warns of exponents that a calibration found in its own debiased scores."""
+        worst = max(map(float, left), key=abs, default=0.0)
+        if abs(worst) >= TOLERANCE:
+            warnings.warn(
+                f"{self.name}: the calibration of '{self.trend_id}' failed its self-check (an exponent of {worst:.2f} "
+                f"is left, less than {TOLERANCE} should be): the trend of this score is hardly exponential; "
+                "calibrate=['mean_map'] needs no curve",
+                stacklevel=3,
+            )
 
     def _record(self, profile: Profile) -> dict[str, Any]:
         return profile.need(f"trend:{self.trend_id}", self.name)
@@ -102,6 +120,8 @@ class Debiased(Prune):
         """Scores with their trend taken out, as far as ``calibrate`` asks for it."""
         if "exp_trend" in self.calibrate and self.sigma is not None:
             return exp_trend(view.tokens, scores, self.sigma)
+        if "grid_trend" in self.calibrate and self.grid_sigma is not None:
+            return grid_trend(view.tokens, scores, self.grid_sigma)
         if "mean_map" in self.calibrate and self.mean is not None:
             return mean_map(view.tokens, scores, self.mean, self.name)
         return scores

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from vlm_attn.kit.calibrators import fastv_released
 from vlm_attn.profiles import Profile
-from vlm_attn.selection import Auto, Keep, Per, affordable, select, top_k
+from vlm_attn.selection import Auto, Keep, Per, affordable, select, top_k, weighted
 from vlm_attn.stages import ModelInfo, PruneView, Site, check_layer, method_dataclass
 
-from ._debias import Debiased
+from ._debias import Calibrator, Debiased
 
 
 @method_dataclass
@@ -27,7 +29,8 @@ class FastV(Debiased):
 
     Attention debiasing (arXiv 2508.17807) changes the ranking score only:
         ``exp_trend``: ``a_i * exp(-sigma * x_i)`` with ``x_i = i / (N - 1)``; sigma per checkpoint from a profile.
-        ``mean_map``: ``a_i / (mean_i + 1e-7)`` with the mean over calibration pictures, place by place, instead.
+        ``grid_trend``, ``mean_map``: a trend of rows and one of columns, or a mean place by place, instead.
+        ``fastv_released``: the authors' weights for LLaVA-1.5-7B, the inverse of a cubic in x, instead.
         ``pad_mask``: tokens that show only padding (more than half of the cell) get score 0 and are never chosen, so
         an image may keep fewer than its budget.
 
@@ -37,8 +40,10 @@ class FastV(Debiased):
             on the image (``"auto:0.95"`` for 95 %), or ``"auto:30ms"``, as many as let the decoder's prefill take
             30 ms by times measured at attach [ours].
         per: ``"image"``, or ``"view"``: the budget is split over tiles or frames by their size [ours].
-        calibrate: any of ``exp_trend`` or ``mean_map``, ``pad_mask``, ``rope_free``, ``rope_ones``.
+        calibrate: any of ``exp_trend``, ``grid_trend``, ``mean_map`` or ``fastv_released``, ``pad_mask``,
+            ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: mean map; None reads it from the checkpoint's profile.
 
     Source: arXiv 2403.06764; debiasing arXiv 2508.17807.
@@ -54,6 +59,7 @@ class FastV(Debiased):
     layer: Annotated[int, Field(ge=1)] = 2
     keep: Keep | Auto = 0.5
     per: Per = "image"
+    calibrate: Sequence[Calibrator | Literal["fastv_released"]] = ()  # type: ignore[assignment]
 
     @classmethod
     def neutral(cls) -> FastV:
@@ -65,6 +71,11 @@ class FastV(Debiased):
 
     def sites(self) -> tuple[Site, ...]:
         return (Site(self.layer, self.first(self.layer - 1)),)
+
+    def without_trend(self, view: PruneView, scores: Tensor) -> Tensor:
+        if "fastv_released" in self.calibrate:
+            return weighted(view.tokens, scores, fastv_released)
+        return super().without_trend(view, scores)
 
     def keep_mask(self, view: PruneView) -> Tensor:
         scores = self.debiased(view)

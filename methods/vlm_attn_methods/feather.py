@@ -35,9 +35,10 @@ class Feather(Debiased):
         layers: layers whose input is cut, 0-based, at least 1; None = 8, 16 of 32, carried over to the model's depth.
         keep: share of the image's tokens (first stage), then of those left.
         stride: of the uniform grid, in both directions.
-        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask`` (which the grid
-            obeys too); the score is free of rotary positions as it is.
+        calibrate: debiasing of the first stage: any of ``exp_trend``, ``grid_trend`` or ``mean_map``, ``pad_mask``
+            (which the grid obeys too); the score is free of rotary positions as it is.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2412.13180 (ICCV 2025), released code; debiasing arXiv 2508.17807.

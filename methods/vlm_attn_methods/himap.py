@@ -29,9 +29,10 @@ class HiMAP(Debiased):
     Attributes:
         layers: (K1, K2), 0-based, at least 1; None = 2, 8 of 32, carried over to the model's depth.
         keep: tokens left per image after each stage: a count, or a share of its first count (288 and 72 of 576).
-        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+        calibrate: debiasing of the first stage: any of ``exp_trend``, ``grid_trend`` or ``mean_map``, ``pad_mask``,
             ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2503.13108, released code; debiasing arXiv 2508.17807.

@@ -39,9 +39,10 @@ class ILLaVA(Debiased):
             image's patches (92 of 729); 0 leaves the encoder alone.
         layer: K, 0-based, at least 1; None = 8 of 28, carried over to the model's depth [ours].
         keep: tokens left there, relative to those that come out of the encoder: a count, or a share in (0, 1].
-        calibrate: debiasing of the decoder's score: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
-            ``rope_free``, ``rope_ones``.
+        calibrate: debiasing of the decoder's score: any of ``exp_trend``, ``grid_trend`` or ``mean_map``,
+            ``pad_mask``, ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2412.06263; debiasing arXiv 2508.17807.

@@ -32,9 +32,10 @@ class PyramidDrop(Debiased):
         keep: share of each image's tokens left after each stage.
         positions: ``"renumber"`` closes the gaps after every stage, as released; ``"keep"`` leaves the original
             positions (the only choice on M-RoPE models).
-        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+        calibrate: debiasing of the first stage: any of ``exp_trend``, ``grid_trend`` or ``mean_map``, ``pad_mask``,
             ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2410.17247; debiasing arXiv 2508.17807.

@@ -41,9 +41,10 @@ class SparseVLM(Debiased):
         keep: instead of the list: tokens left per image after each stage, before the recycled ones.
         positions: ``"renumber"`` or ``"keep"``; None = as the version does.
         seed: of the clusters' tie-breaking noise.
-        calibrate: debiasing of the first stage: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+        calibrate: debiasing of the first stage: any of ``exp_trend``, ``grid_trend`` or ``mean_map``, ``pad_mask``,
             ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2410.04417, released versions 1.5 and 2.0; debiasing arXiv 2508.17807.

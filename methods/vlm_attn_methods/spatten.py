@@ -35,10 +35,11 @@ class SpAtten(Debiased):
         layers: layers whose input is cut, 0-based, at least 1; None = every layer from 2 on.
         keep: tokens left per image in the end: a count, or a share in (0, 1].
         keep_heads: share of the query heads that is left in the end, in (0, 1].
-        calibrate: debiasing of the importance: any of ``exp_trend`` or ``mean_map``, ``pad_mask``; at every cut, since
-            all of them rank by one running sum [ours]. Rotary variants are not offered: rows before the picture have
-            no softmax over visual keys alone.
+        calibrate: debiasing of the importance: any of ``exp_trend``, ``grid_trend`` or ``mean_map``, ``pad_mask``; at
+            every cut, since all of them rank by one running sum [ours]. Rotary variants are not offered: rows before
+            the picture have no softmax over visual keys alone.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2012.09852 (HPCA 2021); debiasing arXiv 2508.17807.

@@ -35,9 +35,10 @@ class TokenCarve(Debiased):
         layer: K, 0-based, at least 1.
         keep: r, tokens left per image: a count, or a share in (0, 1].
         compact: whether those caches are shortened, as released; edits and readouts of generated tokens need False.
-        calibrate: debiasing of the attention half: any of ``exp_trend`` or ``mean_map``, ``pad_mask``,
+        calibrate: debiasing of the attention half: any of ``exp_trend``, ``grid_trend`` or ``mean_map``, ``pad_mask``,
             ``rope_free``, ``rope_ones``.
         sigma: strength of the positional trend; None reads it from the checkpoint's profile.
+        grid_sigma: the same for ``grid_trend``, of rows and of columns.
         mean: the same for ``mean_map``, place by place.
 
     Source: arXiv 2503.10501; debiasing arXiv 2508.17807.

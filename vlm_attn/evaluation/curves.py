@@ -19,7 +19,7 @@ CURVED = {"pope": ("accuracy",), "chair": ("chair_i", "recall")}
 """Metrics of a curve per kind of benchmark."""
 NEAR = 0.05
 """A control stands beside a column if their kept shares differ by no more than this."""
-_DEBIASING = ("calibrate", "sigma", "mean")
+_DEBIASING = ("calibrate", "sigma", "grid_sigma", "mean")
 _CONTROL = "random_prune"
 
 Samples = Callable[[str, str], Sequence[Row]]

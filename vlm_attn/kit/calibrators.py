@@ -44,15 +44,15 @@ def fastv_released(x: Tensor) -> Tensor:
     return 1 / (1 + 1.73373862 * x - 4.82643345 * x**2 + 4.88412565 * x**3)
 
 
-def grid_trend_weights(cells: Tensor, grid: tuple[int, int], sigma_row: float, sigma_column: float) -> Tensor:
-    """``exp(-sigma_row y - sigma_column x)`` with y, x in [0, 1] on the grid [ours: for M-RoPE, where position does
-    not grow with the raster index alone].
+def grid_position(cells: Tensor, grids: Tensor) -> Tensor:
+    """(y, x) in [0, 1], fp32, of (row, column) ``[..., 2]`` on grids of (rows, columns) ``[..., 2]``."""
+    return cells.float() / (grids - 1).clamp(min=1)
 
-    Args:
-        cells: (row, column) ``[..., N, 2]``.
-        grid: (rows, columns).
-    """
-    y, x = (cells[..., axis].float() / max(grid[axis] - 1, 1) for axis in (0, 1))
+
+def grid_trend_weights(places: Tensor, sigma_row: float, sigma_column: float) -> Tensor:
+    """``exp(-sigma_row y - sigma_column x)`` at the places (y, x) ``[..., 2]`` [ours: for M-RoPE, where position does
+    not grow with the raster index alone]."""
+    y, x = places.unbind(-1)
     return trend_weights(y, sigma_row) * trend_weights(x, sigma_column)
 
 
