@@ -17,11 +17,11 @@ TINY = 1e-12
 
 
 @dataclass
-class Step:
-    """What the layers of one step share, at its ``n`` keys.
+class Laid:
+    """What layers with the same ``N`` prompt keys share, with room behind those (``n`` keys in all).
 
     Attributes:
-        generated: how many of the keys are new.
+        arrived: roles of the prompt keys.
         columns: ``[B, 3, n]``, mass of a row of weights on: evidence, text behind the image (new tokens among it),
             visual keys.
         gain: ``[B, 2, n]``, factors less 1: ``exp(alpha S) - 1``, 0 at all but visual keys; ``text w + beta - 1`` at
@@ -29,43 +29,12 @@ class Step:
         floor: ``[B, n]``, ``beta - 1`` at the text behind the image.
         wall: ``[B, n]``, infinite at all but that text.
         looked: ``[B, n]``, attention that each text token paid to the evidence so far.
-        low, high: ``[B, 1]``, its range over the text behind the image but for the newest key.
+        low, high: ``[B, 1]``, its range over the text behind the image in the prompt.
         tiny: ``[3, 1]``, 0, 0 and a mass that no head's visual one falls below.
         mean: ``[H, 1]``, ``1 / H``.
         zeros: ``[B, 2, H]``.
+        step: the step used last.
     """
-
-    generated: int
-    columns: Tensor
-    gain: Tensor
-    floor: Tensor
-    wall: Tensor
-    looked: Tensor
-    low: Tensor
-    high: Tensor
-    tiny: Tensor
-    mean: Tensor
-    zeros: Tensor
-
-    def __post_init__(self) -> None:
-        self.newest, self.text_gain = self.looked[:, -1:], self.gain[:, 1]
-
-    def masses(self, weights: Tensor) -> Tensor:
-        """``[B, 3, H]``: mass of each head's row of ``weights [B, H, n]`` on the columns; never 0 on visual keys."""
-        return torch.baddbmm(self.tiny, self.columns, weights.transpose(1, 2))
-
-    def gains(self, text: float) -> Tensor:
-        """``gain`` as it is by now: w is ``looked`` min-max over the text behind the image, 0 where it is constant."""
-        if self.generated:  # else nothing moved since it was laid out
-            low, high = torch.minimum(self.low, self.newest), torch.maximum(self.high, self.newest)
-            span = (high - low) + self.wall
-            torch.addcdiv(self.floor, self.looked - low, span, value=text, out=self.text_gain)
-        return self.gain
-
-
-@dataclass
-class Laid:
-    """The tensors of `Step` for layers with the same prompt keys ``arrived``, with room behind them."""
 
     arrived: TokenMap
     columns: Tensor
@@ -87,18 +56,41 @@ class Laid:
 
     def at(self, keys: int) -> Step:
         """The step with so many keys."""
-        new = keys - self.arrived.length
-        if self.step is None or self.step.generated != new:
-            low, high = self.low, self.high
-            if new > 1:
-                older = self.looked[:, self.arrived.length : keys - 1]
-                low = torch.minimum(low, older.amin(1, keepdim=True))
-                high = torch.maximum(high, older.amax(1, keepdim=True))
-            columns, gain = self.columns[:, :, :keys], self.gain[:, :, :keys]
-            floor, wall, looked = self.floor[:, :keys], self.wall[:, :keys], self.looked[:, :keys]
-            fixed = self.tiny, self.mean, self.zeros
-            self.step = Step(new, columns, gain, floor, wall, looked, low, high, *fixed)
+        if self.step is None or self.step.generated != keys - self.arrived.length:
+            self.step = Step(self, keys)
         return self.step
+
+
+class Step:
+    """What the layers of one step share: a layout at its keys.
+
+    Attributes:
+        laid: the layout.
+        generated: how many of the keys are new.
+        low, high: ``[B, 1]``, range of ``looked`` over the text behind the image but for the newest key.
+    """
+
+    def __init__(self, laid: Laid, keys: int):
+        self.laid, self.generated, self.low, self.high = laid, keys - laid.arrived.length, laid.low, laid.high
+        self.columns, self.gain = laid.columns[:, :, :keys], laid.gain[:, :, :keys]
+        self.floor, self.wall, self.looked = laid.floor[:, :keys], laid.wall[:, :keys], laid.looked[:, :keys]
+        self.newest, self.text_gain = self.looked[:, -1:], self.gain[:, 1]
+        if self.generated > 1:
+            older = self.looked[:, laid.arrived.length : -1]
+            self.low = torch.minimum(self.low, older.amin(1, keepdim=True))
+            self.high = torch.maximum(self.high, older.amax(1, keepdim=True))
+
+    def masses(self, weights: Tensor) -> Tensor:
+        """``[B, 3, H]``: mass of each head's row of ``weights [B, H, n]`` on the columns; never 0 on visual keys."""
+        return torch.baddbmm(self.laid.tiny, self.columns, weights.transpose(1, 2))
+
+    def gains(self, text: float) -> Tensor:
+        """``gain`` as it is by now: w is ``looked`` min-max over the text behind the image, 0 where it is constant."""
+        if self.generated:  # else nothing moved since it was laid out
+            low, high = torch.minimum(self.low, self.newest), torch.maximum(self.high, self.newest)
+            span = (high - low) + self.wall
+            torch.addcdiv(self.floor, self.looked - low, span, value=text, out=self.text_gain)
+        return self.gain
 
 
 @dataclass
@@ -149,4 +141,4 @@ class Evidence:
         """The heads of the newest token pay ``paid [B, H]`` in a layer; a row that is asked for twice pays once."""
         if self.newest != (layer, step.generated):
             self.newest = layer, step.generated
-            step.newest.addmm_(paid, step.mean)
+            step.newest.addmm_(paid, step.laid.mean)

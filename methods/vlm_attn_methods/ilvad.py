@@ -108,4 +108,4 @@ class ILVAD(RowEdit):
         if step.generated:
             memory.look(view.layer, step, proof)
         proof.div_(visual)  # each head's share of evidence: what it is ranked by
-        return raised(weights, ranked(masses[:, :2], self.head_fraction, step.zeros), step.gains(self.text))
+        return raised(weights, ranked(masses[:, :2], self.head_fraction, step.laid.zeros), step.gains(self.text))
