@@ -75,12 +75,13 @@ class Stock:
             if (call := next(waiting, None)) is not None:
                 self._timed(functools.partial(call, cache))
 
-        hooks = [layer.register_forward_pre_hook(turn) for layer in model.get_decoder().layers]
+        installed = Installation()
+        for layer in model.get_decoder().layers:
+            installed.pre_hook(layer, turn)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            installed.undo()
         for call in waiting:
             self._timed(functools.partial(call, cache))
         self._timed(self._all_but_layers)
