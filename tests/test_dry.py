@@ -51,11 +51,84 @@ def test_a_dry_run_projects_few_queries_and_no_values(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
     hidden = torch.randn(1, 7, attention.q_proj.in_features)
-    with dry.lean(attention, torch.tensor([6])):
+    with dry.lean(attention, torch.tensor([6])) as noted:
         queries, keys, values = (getattr(attention, name)(hidden) for name in ("q_proj", "k_proj", "v_proj"))
     assert rows == {"q_proj": 1, "k_proj": 7}
     assert not queries[:, :6].any() and torch.allclose(queries[:, 6], attention.q_proj(hidden)[:, 6], atol=1e-6)
     assert torch.equal(keys, attention.k_proj(hidden)) and not values.any()
+    assert len(noted) == 1 and noted[0] is keys
+
+
+class Projected:
+    """Stands in for ``functional.linear`` and counts the rows that key projections take, per layer."""
+
+    def __init__(self, model: nn.Module):
+        family = resolve(model)
+        self.names = {id(family.attention(n).k_proj.weight): n for n, _ in family.attentions()}
+        self.rows: Counter[int] = Counter()
+        self.linear = torch.nn.functional.linear
+
+    def __call__(self, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        if id(weight) in self.names:
+            self.rows[self.names[id(weight)]] += x.shape[1]
+        return self.linear(x, weight, *args)
+
+
+@pytest.mark.parametrize("name", ["feather", "pyramiddrop"])
+def test_a_layer_takes_over_the_keys_of_its_dry_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.llava(4)
+    counted = Projected(model)
+    with vlm_attn.attach(model, name) as session, torch.no_grad():
+        monkeypatch.setattr(torch.nn.functional, "linear", counted)
+        model(**models.single().inputs())
+        request = session.last
+        arrived = [request.tokens.length, *(request.tokens_at(layer).length for layer in range(session.info.layers))]
+        ahead = session.pruner.readings.ahead()
+        assert ahead and not request.keys
+        for layer in ahead:  # the keys of all that arrived, and no others
+            cut = layer in session.sites and session.sites[layer].score in session.pruner.readings.own(layer)
+            entered = arrived[layer] if cut else arrived[layer + 1]
+            assert counted.rows[layer] == entered
+            assert request.spared[layer] == arrived[layer + 1] / entered
+
+
+def test_keys_of_other_hidden_states_are_not_taken_over() -> None:
+    model = models.llava(4)
+    counted = Projected(model)
+    with vlm_attn.attach(model, "pyramiddrop") as session, torch.no_grad():
+        pruner = session.pruner
+        cut = pruner._cut
+        pruner._cut = lambda *args: (found := cut(*args)) and (*found[:2], found[2] + 1)  # as a merging method would
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", counted)
+            model(**models.single().inputs())
+        request = session.last
+        assert not request.keys and not request.spared
+        for layer in pruner.readings.ahead():
+            arrived = request.tokens_at(layer - 1).length
+            assert counted.rows[layer] == arrived + request.tokens_at(layer).length
+
+
+def test_a_failure_in_front_of_the_keys_spoils_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.llava(4)
+    inputs, other = models.single().inputs(), models.padded().inputs()
+    with vlm_attn.attach(model, "pyramiddrop") as session, torch.no_grad():
+        expected = model(**other).logits
+        layer = session.pruner.readings.ahead()[0]
+        norm, calls = model.get_decoder().layers[layer].input_layernorm, []
+
+        def fails(x: Tensor) -> Tensor:  # in the layer's own run, not in the dry one
+            calls.append(x)
+            if len(calls) == 2:
+                raise RuntimeError("on purpose")
+            return type(norm).forward(norm, x)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+            patch.setitem(vars(norm), "forward", fails)
+            model(**inputs)
+        assert list(session.last.keys) == [layer]
+        assert torch.equal(model(**other).logits, expected)
+    assert "forward" not in vars(resolve(model).attention(layer).k_proj)
 
 
 def test_projections_are_given_back_when_the_layer_fails() -> None:

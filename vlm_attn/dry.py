@@ -1,10 +1,14 @@
-"""A decoder layer run only as far as its attention call, with no more projected than a reading of some rows needs."""
+"""A decoder layer run only as far as its attention call, with no more projected than a reading of some rows needs.
+
+The keys are needed in full. They are given back, so that the layer need not project them once more when it runs.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,37 +29,60 @@ class Stopped(Exception):
         self.call = call
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What a dry run came to.
+
+    Attributes:
+        call: the attention call.
+        keys: ``[B, N, W]`` as ``k_proj`` gave them, None where attention has no such linear layer.
+    """
+
+    call: Call
+    keys: Tensor | None
+
+
 def attention_call(
     family: Family, number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor
-) -> Call:
+) -> Ahead:
     """The attention call that layer ``number`` would make on ``hidden [B, N, D]``.
 
     Queries but for ``rows [R]``, and values, may be 0. The engine has to raise :class:`Stopped` at the call.
     """
     args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
     try:
-        with lean(family.attention(number), rows):
+        with lean(family.attention(number), rows) as projected:
             family.layers[number](*args, **{**kwargs, "past_key_values": None})
     except Stopped as stopped:
-        return stopped.call
+        return Ahead(stopped.call, projected[0] if projected else None)
     raise UnsupportedError(f"{family.name}: decoder layer {number} made no attention call that can be read")
 
 
 @contextmanager
-def lean(attention: nn.Module | None, rows: Tensor) -> Iterator[None]:
-    """Inside, ``attention`` projects the queries of ``rows [R]`` alone and no values: the rest is 0.
+def lean(attention: nn.Module | None, rows: Tensor) -> Iterator[list[Tensor]]:
+    """Inside, ``attention`` projects the queries of ``rows [R]`` alone and no values: the rest is 0. Lists the keys.
 
     Attention whose projections are no three linear layers projects everything, as always.
     """
     installed = Installation()
-    query, key, value = (getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    projected: list[Tensor] = []
     try:
-        if isinstance(query, nn.Linear) and isinstance(key, nn.Linear) and isinstance(value, nn.Linear):
+        if (three := projections(attention)) is not None:
+            query, key, value = three
             installed.shadow(query, "forward", functools.partial(_some, rows))
+            installed.shadow(key, "forward", functools.partial(_noted, projected))
             installed.shadow(value, "forward", functools.partial(_none, value.out_features))
-        yield
+        yield projected
     finally:
         installed.undo()
+
+
+def projections(attention: nn.Module | None) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
+    """``q_proj``, ``k_proj`` and ``v_proj`` of attention that has them as linear layers."""
+    query, key, value = (getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj"))
+    if isinstance(query, nn.Linear) and isinstance(key, nn.Linear) and isinstance(value, nn.Linear):
+        return query, key, value
+    return None
 
 
 def _some(rows: Tensor, project: Project, hidden: Tensor) -> Tensor:
@@ -63,5 +90,10 @@ def _some(rows: Tensor, project: Project, hidden: Tensor) -> Tensor:
     return out.new_zeros(*hidden.shape[:-1], out.shape[-1]).index_copy_(1, rows, out)
 
 
+def _noted(projected: list[Tensor], project: Project, hidden: Tensor) -> Tensor:
+    projected.append(project(hidden))
+    return projected[-1]
+
+
 def _none(width: int, project: Project, hidden: Tensor) -> Tensor:
-    return hidden.new_zeros(*hidden.shape[:-1], width)
+    return hidden.new_zeros(()).expand(*hidden.shape[:-1], width)

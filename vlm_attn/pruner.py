@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import latency, pruning, words
+from . import dry, latency, pruning, words
 from .attention import interface
 from .attention.call import Call
 from .encoder import EncoderReader
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ENCODER, LIVE, QUESTIONS = "vision encoder", "live heads", "questions"
 PROJECTORS = ("multi_modal_projector", "aligner")
 """Names of the module that maps single patches to the language model's width."""
-DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any], Tensor], Call]
+DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any], Tensor], dry.Ahead]
 
 
 class Pruner:
@@ -105,6 +105,7 @@ class Pruner:
         self._read_ahead(self.readings.own(number), number, hidden, args, kwargs, request)
         cut = self._cut(number, request, hidden) if number > 0 else None
         if cut is not None:
+            self._left_of_keys(number, cut[1] if cut[2] is hidden else None, request)
             hidden = pruning.take(cut[2], cut[1])
             if self.prune is not None and self.prune.compacts:
                 self._compact(cut[0], kwargs.get("past_key_values"), request)
@@ -185,8 +186,22 @@ class Pruner:
         for score in scores:
             given = self._left(number, hidden, kwargs, request)
             turned = self._without_rope(given) if score.rope == "free" else given
-            call = self._dry_run(number, hidden, args, turned, self.readings.index(score, request))
-            self.readings.take([score], call, request, given.get("position_embeddings"))
+            ahead = self._dry_run(number, hidden, args, turned, self.readings.index(score, request))
+            self.readings.take([score], ahead.call, request, given.get("position_embeddings"))
+            if ahead.keys is not None:
+                request.keys[number] = ahead.keys
+                request.spared[number] = 1.0
+
+    def _left_of_keys(self, number: int, slots: Tensor | None, request: Request) -> None:
+        """Of the keys that a dry run projected, those of the slots ``[B, n]`` that are left; None: all are others."""
+        keys = request.keys.pop(number, None)
+        if keys is None:
+            return
+        if slots is None:
+            del request.spared[number]
+            return
+        request.keys[number] = pruning.take(keys, slots)
+        request.spared[number] = slots.shape[1] / keys.shape[1]
 
     def _left(self, number: int, hidden: Tensor, kwargs: dict[str, Any], request: Request) -> dict[str, Any]:
         """Layer arguments of the prefill on the slots that are left."""

@@ -56,6 +56,10 @@ class Readings:
         """Scores without rotary embedding that later sites ask for: read off the input the layer runs on."""
         return [s for s in self.scores if s.layer == layer and s.rope == "free" and s not in self.own(layer)]
 
+    def ahead(self) -> list[int]:
+        """The layers that run dry."""
+        return [layer for layer in sorted({s.layer for s in self.scores}) if self.own(layer) or self.bare(layer)]
+
     def passing(self, layer: int) -> list[RowScore]:
         """Scores of a layer that are read while it runs."""
         return [s for s in self.scores if s.layer == layer and s.rope != "free" and s not in self.own(layer)]

@@ -58,7 +58,12 @@ class Pictured:
 
 @dataclass
 class Request:
-    """Per-request state of one session."""
+    """Per-request state of one session.
+
+    Attributes:
+        keys: per layer, what its ``k_proj`` gave ahead of its run, ``[B, N, W]``, until the layer takes it.
+        spared: per layer, the share of the keys projected ahead that the layer did not have to project again.
+    """
 
     tokens: TokenMap
     prompt_kwargs: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -82,6 +87,8 @@ class Request:
     words: Words | None = None
     text: TextStream | None = field(default=None, repr=False)
     times: dict[str, float] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    spared: dict[int, float] = field(default_factory=dict)
     cache_id: int | None = None
     compacted: PruneStage | None = None
     _pictured: dict[int, Pictured] = field(default_factory=dict, repr=False)

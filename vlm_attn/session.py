@@ -132,6 +132,9 @@ class Session:
         for number, attention in family.attentions():
             if self.pruner.cuts_heads or number in self.edits.gated_layers:
                 installed.pre_hook(family.output_projection(attention), functools.partial(self._before_o_proj, number))
+        for number in self.pruner.readings.ahead():
+            if (three := dry.projections(family.attention(number))) is not None:
+                installed.shadow(three[1], "forward", functools.partial(self._project_keys, number))
         if self.pruner.projector is not None:
             installed.pre_hook(self.pruner.projector, self._before_projector)
         installed.pre_hook(self.model, self._before_model)
@@ -365,10 +368,16 @@ class Session:
         if not self._suspended:
             self.pruner.before_projector(module, args, kwargs)
 
+    def _project_keys(self, number: int, project: dry.Project, hidden: Tensor) -> Tensor:
+        """The key projection of a layer that ran dry: what was projected then, if this is the run it was for."""
+        request = self._running
+        keys = None if self._suspended or request is None else request.keys.pop(number, None)
+        return project(hidden) if keys is None else keys
+
     def _visible(self, tokens: TokenMap) -> Tensor:
         return pruning.visible(tokens, self.family, self.processor, self.image_sizes)
 
-    def _dry_run(self, number: int, *inputs: Any) -> Call:
+    def _dry_run(self, number: int, *inputs: Any) -> dry.Ahead:
         """The attention call that a layer would make (:func:`dry.attention_call`), without letting it happen."""
         self._dry = number
         try:

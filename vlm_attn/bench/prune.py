@@ -2,8 +2,9 @@
 
 The language model is timed on random weights; what the tiny vision tower takes by itself comes off every prefill. Each
 round times every case once, in rotating order. Decoder layers of a prefill and decode steps alternate with those of
-stock on a twin of the model and are divided by them. A pruner that keeps everything is timed along: where it does not
-land within 5 % of stock, the run is void. A text prompt as long as the shortest pruned one is timed too: no choice of
+stock on a twin of the model and are divided by them. Keys projected ahead that a layer then takes over are no cost of
+choosing: the layer would have projected them. A pruner that keeps everything is timed along: where it does not land
+within 5 % of stock, the run is void. A text prompt as long as the shortest pruned one is timed too: no choice of
 tokens can be faster.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..installation import Installation
 from ..kit.budgets import equivalent_tokens
 from ..registry import method
 from ..session import Session, attach
@@ -99,10 +101,11 @@ def cases(shape: Shape) -> list[Case]:
 
 
 class _Meter:
-    """Seconds spent inside some methods of an object."""
+    """Seconds spent inside some methods of an object, and inside key projections that they call."""
 
     def __init__(self, now: Callable[[], float]):
         self.now, self.seconds, self._inside = now, 0.0, False
+        self.keys: dict[int, float] = {}
 
     def watch(self, owner: Any, name: str) -> None:
         """Times ``owner.name`` from now on; calls inside watched calls count once."""
@@ -121,6 +124,14 @@ class _Meter:
 
         setattr(owner, name, timed)
 
+    def watch_keys(self, number: int, project: Callable[..., Any], *args: Any) -> Any:
+        """Times the key projections of a layer that watched calls make; shadows them."""
+        start = self.now()
+        out = project(*args)
+        if self._inside:
+            self.keys[number] = self.keys.get(number, 0.0) + self.now() - start
+        return out
+
 
 def run_case(trial: Trial, shape: Shape, case: Case) -> Taken:
     """One run with the method attached; attaching itself is not timed."""
@@ -137,9 +148,17 @@ def run_case(trial: Trial, shape: Shape, case: Case) -> Taken:
             meter.watch(session.pruner, name)
         if session.encoder.shrinker is not None:
             meter.watch(session.encoder.shrinker, "_decide")
-        taken = trial.run()
+        installed = Installation()
+        for number in session.pruner.readings.ahead():
+            project = session.family.attention(number).k_proj
+            installed.shadow(project, "forward", functools.partial(meter.watch_keys, number))
+        try:
+            taken = trial.run()
+        finally:
+            installed.undo()
         taken.facts["per_layer"] = _lengths(session)
-    taken.apart = meter.seconds
+        spared = session.last.spared
+    taken.apart = meter.seconds - sum(seconds * spared.get(n, 0.0) for n, seconds in meter.keys.items())
     return taken
 
 
