@@ -62,7 +62,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             tuple(len(getattr(module, hook)) for hook in HOOKS),
             tuple(sorted(module.__dict__)),
             getattr(getattr(module, "config", None), "_attn_implementation", None),
-            id(module.forward.__func__),
+            id(getattr(module.forward, "__func__", module.forward)),
         )
     mark["generate"] = getattr(model.generate, "__func__", model.generate)
     mark["generation_config"] = model.generation_config.to_dict()

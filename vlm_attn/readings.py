@@ -99,11 +99,12 @@ def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any 
     index = rows.any(0).nonzero()[:, 0]
     batch, heads = call.query.shape[:2]
     total = torch.zeros(batch, heads, call.keys, device=rows.device)
-    for part in chunks(index, batch, heads, call.keys):
-        weights = call.weights(part)
+    for part in chunks(index, batch, heads, call.keys) if len(index) else ():
+        seen = call.until(int(part[-1]) + 1)
+        weights = seen.weights(part)
         if score.rope == "ones":
-            weights = weights / _gain(tables, part)[:, None]
-        total += (weights * rows[:, None, part, None]).sum(2)
+            weights = weights / _gain(tables, part)[:, None, :, : seen.keys]
+        total[..., : seen.keys] += (rows[:, None, None, part].float() @ weights)[:, :, 0]
     if score.heads is not None and score.heads < heads:
         best = by_rank((total * visual[:, None]).sum(-1))[:, : score.heads]
         total = total.gather(1, best[..., None].expand(*best.shape, total.shape[-1]))
