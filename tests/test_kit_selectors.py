@@ -35,6 +35,13 @@ def test_topk_of_visible_tokens_is_capped_per_image(seed: int) -> None:
         assert len(set(idx[row].tolist())) == idx.shape[1]
 
 
+@pytest.fixture(params=[selectors.WHOLE, 0], ids=["whole", "rows"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cosines made all at once, and row by row."""
+    monkeypatch.setattr(selectors, "WHOLE", request.param)
+
+
+@pytest.mark.usefixtures("held")
 @fifty
 def test_maxmin(seed: int) -> None:
     x, s, k = draw(seed, 2, 13, 5), draw(seed + 1, 2, 13).abs(), 1 + seed % 14
@@ -46,6 +53,7 @@ def test_maxmin(seed: int) -> None:
         assert selectors.farthest_points(x, k, 2)[image].tolist() == literal.farthest(x[image], k, 2)
 
 
+@pytest.mark.usefixtures("held")
 @fifty
 def test_dpp(seed: int) -> None:
     x, r, k = draw(seed, 2, 11, 16), draw(seed + 1, 2, 11).abs() + 0.1, 1 + seed % 8

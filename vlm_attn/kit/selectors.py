@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Choose = Callable[[Tensor, int], Tensor]
+WHOLE = 1 << 24  # cosines that may be held at a time
+STEPS = 32  # products of one row with all tokens take about as long per row as this many in one matrix product
 
 
 def by_rank(scores: Tensor) -> Tensor:
@@ -112,16 +114,15 @@ def maxmin(features: Tensor, k: int, scores: Tensor | None = None, start: int | 
         ``[..., min(k, N)]``.
     """
     z = F.normalize(features.float(), dim=-1, eps=1e-12)
+    cosines = Cosines(z, k)
     if start is not None:
         first = torch.full(z.shape[:-2], start, device=z.device)
     elif scores is not None:
         first = scores.float().argmax(-1)
     else:
-        first = _most_isolated(z)
+        first = _most_isolated(cosines)
     weight = torch.ones_like(z[..., 0]) if scores is None else scores.float()
-    return _greedy(
-        z, first, k, lambda row, token: (1 - (token @ row.transpose(-1, -2))[..., 0, :]).clamp(min=0), weight
-    )
+    return _greedy(first, k, lambda token: (1 - cosines.of(token)).clamp(min=0), weight)
 
 
 def farthest_points(features: Tensor, k: int, start: int = 0) -> Tensor:
@@ -133,35 +134,62 @@ def farthest_points(features: Tensor, k: int, start: int = 0) -> Tensor:
     """
     x = features.float()
     first = torch.full(x.shape[:-2], start, device=x.device)
-    return _greedy(x, first, k, lambda row, token: (row - token).pow(2).sum(-1), torch.ones_like(x[..., 0]))
+    return _greedy(first, k, lambda token: (x - _row(x, token)).pow(2).sum(-1), torch.ones_like(x[..., 0]))
 
 
-def _greedy(x: Tensor, first: Tensor, k: int, distances: Callable[[Tensor, Tensor], Tensor], weight: Tensor) -> Tensor:
-    """Farthest-first traversal: keeps only the running minimum distance, O(N d) per step."""
-    n = x.shape[-2]
+class Cosines:
+    """Cosines between unit rows ``z [..., N, d]``, of which a greedy selector wants one row in each of its steps.
+
+    The whole matrix is made at once where it fits and is cheaper than the rows one by one.
+    """
+
+    def __init__(self, z: Tensor, steps: int):
+        self.z = z
+        fits, n = z[..., 0].numel() * z.shape[-2] <= WHOLE, z.shape[-2]
+        self.whole = z @ z.transpose(-1, -2) if fits and n <= STEPS * steps else None
+
+    def of(self, token: Tensor) -> Tensor:
+        """``[..., N]`` of one token ``[...]`` per sample."""
+        if self.whole is not None:
+            return _row(self.whole, token)[..., 0, :]
+        return (_row(self.z, token) @ self.z.transpose(-1, -2))[..., 0, :]
+
+    def block(self, rows: Tensor) -> Tensor:
+        """``[..., R, N]`` of tokens ``rows [R]``."""
+        return self.z[..., rows, :] @ self.z.transpose(-1, -2) if self.whole is None else self.whole[..., rows, :]
+
+
+def _row(x: Tensor, token: Tensor) -> Tensor:
+    """Row ``token [...]`` of ``x [..., N, d]`` as ``[..., 1, d]``."""
+    return x.gather(-2, token[..., None, None].expand(*token.shape, 1, x.shape[-1]))
+
+
+def _greedy(first: Tensor, k: int, distances: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Farthest-first traversal: keeps only the running minimum of the distances ``[..., N]`` to the tokens taken."""
+    n = weight.shape[-1]
     nearest = torch.full_like(weight, torch.inf)
     taken = torch.zeros_like(weight, dtype=torch.bool)
     chosen, current = [], first
     for _ in range(min(k, n)):
         chosen.append(current)
         taken = taken.scatter(-1, current[..., None], True)
-        token = x.gather(-2, current[..., None, None].expand(*current.shape, 1, x.shape[-1]))
-        nearest = torch.minimum(nearest, distances(x, token))
+        nearest = torch.minimum(nearest, distances(current))
         current = (weight * nearest).masked_fill(taken, -torch.inf).argmax(-1)
     return torch.stack(chosen, -1).sort(-1).values
 
 
-def _most_isolated(z: Tensor) -> Tensor:
-    """Index ``[...]`` of the unit row of ``[..., N, d]`` that is farthest from its nearest other row.
+def _most_isolated(cosines: Cosines) -> Tensor:
+    """Index ``[...]`` of the row that is farthest from its nearest other row.
 
     Two tokens that are each other's nearest tie by construction; rounding must not choose, so the earlier one wins.
     """
+    z = cosines.z
     n = z.shape[-2]
     if n == 1:
         return torch.zeros(z.shape[:-2], dtype=torch.long, device=z.device)
     similarity, neighbour = [], []
     for rows in torch.arange(n, device=z.device).split(1024):
-        part = z[..., rows, :] @ z.transpose(-1, -2)
+        part = cosines.block(rows)
         part[..., torch.arange(rows.numel(), device=z.device), rows] = -torch.inf
         best = part.max(-1)
         similarity.append(best.values)
@@ -177,8 +205,8 @@ def dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
     """Fast greedy MAP of the determinantal point process ``K = diag(r) S diag(r)``, S = cosines (CDPruner).
 
     State ``d_i^2 = K_ii``; repeatedly ``j = argmax d^2``, ``e_i = (K_ji - c_j . c_i) / sqrt(d_j^2)``,
-    ``d^2 -= e^2``. Rows of K are formed as they are needed. A token whose gain has fallen to rounding noise (3e-6 of
-    its ``K_ii``) gains exactly 0 and changes no other gain; upstream divides by the root of the noise.
+    ``d^2 -= e^2``. A token whose gain has fallen to rounding noise (3e-6 of its ``K_ii``) gains exactly 0 and changes
+    no other gain; upstream divides by the root of the noise.
 
     Args:
         features: ``[..., N, d]``.
@@ -193,6 +221,7 @@ def dpp(features: Tensor, relevance: Tensor, k: int) -> Tensor:
 def dpp_gains(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Tokens of :func:`dpp` in the order they are taken, and the gain ``d_j^2`` of each, ``[..., min(k, N)]``."""
     z = F.normalize(features.float(), dim=-1, eps=1e-12)
+    cosines = Cosines(z, k)
     r = relevance.float()
     n = z.shape[-2]
     steps = min(k, n)
@@ -203,12 +232,10 @@ def dpp_gains(features: Tensor, relevance: Tensor, k: int) -> tuple[Tensor, Tens
     for step in range(steps):
         best = gains.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)  # [..., 1]
         value = gains.gather(-1, best)
-        at = best[..., None]
-        token = z.gather(-2, at.expand(*best.shape, z.shape[-1]))
-        row = r.gather(-1, best) * (token @ z.transpose(-1, -2))[..., 0, :] * r
+        row = r.gather(-1, best) * cosines.of(best[..., 0]) * r
         before = basis[..., :step, :]
-        own = before.gather(-1, at.expand(*before.shape[:-1], 1))
-        e = (row - (own * before).sum(-2)) / value.clamp(min=1e-12).sqrt() * (value > 0)
+        own = before.gather(-1, best[..., None].expand(*before.shape[:-1], 1))
+        e = (row - (own.transpose(-1, -2) @ before)[..., 0, :]) / value.clamp(min=1e-12).sqrt() * (value > 0)
         basis[..., step, :] = e
         left = gains - e * e
         gains, taken = left * (left > 3e-6 * diagonal), taken.scatter(-1, best, True)
