@@ -38,7 +38,8 @@ def test_a_lean_dry_run_reads_what_a_full_one_reads(name: str, monkeypatch: pyte
     assert torch.allclose(lean_logits, full_logits, atol=1e-5)
 
 
-def test_a_dry_run_projects_few_queries_and_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wanted", [torch.tensor([6]), torch.tensor([2, 6])], ids=["one", "two"])
+def test_a_dry_run_projects_few_queries_and_no_values(wanted: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.llava(4)
     attention = resolve(model).attention(1)
     rows: Counter[str] = Counter()
@@ -51,10 +52,11 @@ def test_a_dry_run_projects_few_queries_and_no_values(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.nn.functional, "linear", counted)
     hidden = torch.randn(1, 7, attention.q_proj.in_features)
-    with dry.lean(attention, torch.tensor([6])) as noted:
+    with dry.lean(attention, wanted) as noted:
         queries, keys, values = (getattr(attention, name)(hidden) for name in ("q_proj", "k_proj", "v_proj"))
-    assert rows == {"q_proj": 1, "k_proj": 7}
-    assert not queries[:, :6].any() and torch.allclose(queries[:, 6], attention.q_proj(hidden)[:, 6], atol=1e-6)
+    assert rows == {"q_proj": len(wanted), "k_proj": 7}
+    assert queries.shape == attention.q_proj(hidden).shape
+    assert torch.allclose(queries[:, wanted], attention.q_proj(hidden)[:, wanted], atol=1e-6)
     assert torch.equal(keys, attention.k_proj(hidden)) and not values.any()
     assert len(noted) == 1 and noted[0] is keys
 

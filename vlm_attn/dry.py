@@ -47,7 +47,7 @@ def attention_call(
 ) -> Ahead:
     """The attention call that layer ``number`` would make on ``hidden [B, N, D]``.
 
-    Queries but for ``rows [R]``, and values, may be 0. The engine has to raise :class:`Stopped` at the call.
+    Values, and queries but for those of ``rows [R]``, are filler. The engine has to raise :class:`Stopped` at the call.
     """
     args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
     try:
@@ -60,7 +60,7 @@ def attention_call(
 
 @contextmanager
 def lean(attention: nn.Module | None, rows: Tensor) -> Iterator[list[Tensor]]:
-    """Inside, ``attention`` projects the queries of ``rows [R]`` alone and no values: the rest is 0. Lists the keys.
+    """Inside, ``attention`` projects the queries of ``rows [R]`` alone and no values; the keys are listed.
 
     Attention whose projections are no three linear layers projects everything, as always.
     """
@@ -87,6 +87,8 @@ def projections(attention: nn.Module | None) -> tuple[nn.Linear, nn.Linear, nn.L
 
 def _some(rows: Tensor, project: Project, hidden: Tensor) -> Tensor:
     out = project(hidden.index_select(1, rows))
+    if len(rows) == 1:
+        return out.expand(*hidden.shape[:-1], -1)
     return out.new_zeros(*hidden.shape[:-1], out.shape[-1]).index_copy_(1, rows, out)
 
 
