@@ -47,7 +47,7 @@ def attention_call(
 ) -> Ahead:
     """The attention call that layer ``number`` would make on ``hidden [B, N, D]``.
 
-    Values, and queries but for those of ``rows [R]``, are filler. The engine has to raise :class:`Stopped` at the call.
+    Values, and queries but for those of ``rows [R]``, are filler. The engine must raise :class:`Stopped` at the call.
     """
     args, kwargs = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
     try:
