@@ -50,6 +50,7 @@ def test_mass_reference(case: Case, options: tuple[bool, ...], chunk: int) -> No
     names = ("all_rows", "given", "masked", "gated", "reduce_heads")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(rows, "BLOCK_ELEMENTS", chunk)
         check_mass(Inputs.of(case), **dict(zip(names, options, strict=True)))
 
 

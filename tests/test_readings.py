@@ -49,7 +49,8 @@ VISUAL[:, 4:16] = True
 @pytest.mark.parametrize("rows", [some_rows(6), some_rows(N)], ids=["some", "none"])
 @pytest.mark.parametrize("kind", CALLS)
 def test_sums_over_rows_equal_the_dense_ones(kind: str, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_attn.attention.rows.CHUNK_ELEMENTS", 3 * B * H * N)
+    for limit in ("CHUNK_ELEMENTS", "BLOCK_ELEMENTS"):
+        monkeypatch.setattr(f"vlm_attn.attention.rows.{limit}", 3 * B * H * N)
     c = CALLS[kind]
     total = (dense(c) * rows[:, None, :, None]).sum(2)
     each = readings.read(RowScore(0, "all", over="sum", per_head=True), c, rows, VISUAL)
@@ -60,7 +61,8 @@ def test_sums_over_rows_equal_the_dense_ones(kind: str, rows: Tensor, monkeypatc
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_weights_over_their_rotary_gain(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlm_attn.attention.rows.CHUNK_ELEMENTS", 3 * B * H * N)
+    for limit in ("CHUNK_ELEMENTS", "BLOCK_ELEMENTS"):
+        monkeypatch.setattr(f"vlm_attn.attention.rows.{limit}", 3 * B * H * N)
     c, rows = CALLS[kind], some_rows(6)
     angle = torch.arange(N)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat(2)
     tables = angle.cos()[None], angle.sin()[None]
@@ -68,13 +70,3 @@ def test_weights_over_their_rotary_gain(kind: str, monkeypatch: pytest.MonkeyPat
     total = (dense(c) / gain * rows[:, None, :, None]).sum(2)
     each = readings.read(RowScore(0, "all", over="sum", rope="ones", per_head=True), c, rows, VISUAL, tables)
     assert torch.allclose(each, total, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", CALLS)
-def test_a_call_ends_early_only_where_nothing_behind_is_seen(kind: str) -> None:
-    c = CALLS[kind]
-    early = c.until(9)
-    assert early.keys == early.queries == (9 if kind == "plain" else N)
-    assert c.until(N) is c
-    rows = torch.tensor([2, 8])
-    assert torch.allclose(early.weights(rows)[..., :9], c.weights(rows)[..., :9], atol=1e-6)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention.rows import chunks, row_logits, row_outputs
+from .attention.rows import blocks, chunks, row_logits, row_outputs
 
 GROUP = "vlm_attn.kernels"
 TEXT, TEXT_SINK, VISUAL, VISUAL_SINK = range(4)
@@ -252,21 +252,26 @@ def key_mass_reference(
     causal: bool,
     reduce_heads: bool,
 ) -> Tensor:
-    """:func:`key_mass` in torch, row chunk by row chunk."""
-    (b, h, q, _), n = query.shape, key.shape[2]
+    """:func:`key_mass` in torch, block by block of heads and rows."""
+    (b, h, q, _), (_, kv, n, _) = query.shape, key.shape
+    group = h // kv
     rows = torch.arange(q, device=query.device) if rows is None else rows
     gates = torch.ones(b, len(rows), dtype=torch.bool, device=query.device) if gate is None else gate
     total = query.new_zeros((b, h, n), dtype=torch.float32)
-    for part, counted in _parts(rows, gates, b, h, n):
+    for held, listed in blocks(len(rows), kv, b * group * n, query.device):
+        heads, part, counted = slice(held.start * group, held.stop * group), rows[listed], gates[:, listed]
         seen = n - q + int(part.max()) + 1 if causal else n
-        logits = row_logits(query.index_select(2, part), key[:, :, :seen], scaling)
+        logits = row_logits(query[:, heads].index_select(2, part), key[:, held, :seen], scaling)
         # Keys before the first row's own position are hidden from none of the rows, unless they are padding.
         first = 0 if key_mask is not None else n - q + int(part.min()) + 1 if causal else n
-        hidden = _hidden(part + n - q, seen, causal, key_mask)[..., first:]
+        hidden = _hidden(part + n - q, first, seen, causal, key_mask)
         logits[..., first:].masked_fill_(hidden, -INF)
-        norm = logits.logsumexp(-1) if lse is None else lse.index_select(2, part)
-        norm = norm.masked_fill(norm.isinf() | ~counted[:, None], INF)
-        total[..., :seen] += logits.sub_(norm[..., None]).exp_().sum(2)
+        if lse is None and key_mask is None:  # every row sees itself
+            weights = logits.softmax(-1)
+        else:
+            norm = logits.logsumexp(-1) if lse is None else lse[:, heads].index_select(2, part)
+            weights = logits.sub_(norm.masked_fill(norm.isinf(), INF)[..., None]).exp_()
+        total[:, heads, :seen] += (counted[:, None, None].float() @ weights)[:, :, 0]
     return total.sum(1) if reduce_heads else total
 
 
@@ -293,7 +298,7 @@ def segment_attention_reference(
     output, segment_lse = torch.empty_like(query), query.new_empty((b, h, q, LABELS), dtype=torch.float32)
     for part in chunks(torch.arange(q, device=query.device), b, h, n):
         logits = row_logits(query.index_select(2, part), key, scaling)
-        logits.masked_fill_(_hidden(part + n - q, n, causal, None) | (labels >= LABELS), -INF)
+        logits.masked_fill_(_hidden(part + n - q, 0, n, causal, None) | (labels >= LABELS), -INF)
         segments = torch.stack([logits.where(m, -INF).logsumexp(-1) for m in members], dim=-1)
         lse = segments.logsumexp(-1)
         weights = logits.sub_(lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp_()
@@ -314,17 +319,12 @@ def segment_attention_reference(
     return output, segment_lse.logsumexp(-1), segment_lse
 
 
-def _parts(rows: Tensor, gates: Tensor, b: int, h: int, n: int) -> list[tuple[Tensor, Tensor]]:
-    parts = list(chunks(rows, b, h, n))
-    return list(zip(parts, gates.split([len(part) for part in parts], dim=1), strict=True))
-
-
-def _hidden(positions: Tensor, keys: int, causal: bool, key_mask: Tensor | None) -> Tensor:
-    """bool, broadcastable to ``[B, H, R, keys]``: what rows at ``positions [R]`` do not see."""
-    hidden = torch.zeros(1, 1, 1, keys, dtype=torch.bool, device=positions.device)
+def _hidden(positions: Tensor, first: int, end: int, causal: bool, key_mask: Tensor | None) -> Tensor:
+    """bool, broadcastable to ``[B, H, R, end - first]``: which of these keys rows at ``positions [R]`` do not see."""
+    hidden = torch.zeros(1, 1, 1, end - first, dtype=torch.bool, device=positions.device)
     if causal:
-        hidden = (torch.arange(keys, device=positions.device) > positions[:, None])[None, None]
-    return hidden if key_mask is None else hidden | ~key_mask[:, None, None, :keys]
+        hidden = (torch.arange(first, end, device=positions.device) > positions[:, None])[None, None]
+    return hidden if key_mask is None else hidden | ~key_mask[:, None, None, first:end]
 
 
 def _masses(segment_lse: Tensor) -> Tensor:

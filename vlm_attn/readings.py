@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from .attention.call import Call
 from .attention.rows import chunks
 from .errors import UnsupportedError
@@ -96,21 +97,29 @@ def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any 
     if score.rope == "free":
         hidden = torch.zeros(visual.shape, device=visual.device).masked_fill_(~visual, HIDE)[:, None]
         call = replace(call, bias=hidden if call.bias is None else call.bias + hidden)
-    index = rows.any(0).nonzero()[:, 0]
-    batch, heads = call.query.shape[:2]
-    total = torch.zeros(batch, heads, call.keys, device=rows.device)
-    for part in chunks(index, batch, heads, call.keys) if len(index) else ():
-        seen = call.until(int(part[-1]) + 1)
-        weights = seen.weights(part)
-        if score.rope == "ones":
-            weights = weights / _gain(tables, part)[:, None, :, : seen.keys]
-        total[..., : seen.keys] += (rows[:, None, None, part].float() @ weights)[:, :, 0]
+    index, heads = rows.any(0).nonzero()[:, 0], call.query.shape[1]
+    if call.plain and score.rope == "on":
+        total = ops.key_mass(call.query, call.key, index, call.scaling, call.lse, gate=rows[:, index])
+    else:
+        total = _summed(score, call, rows, index, tables)
     if score.heads is not None and score.heads < heads:
         best = by_rank((total * visual[:, None]).sum(-1))[:, : score.heads]
         total = total.gather(1, best[..., None].expand(*best.shape, total.shape[-1]))
     if score.over == "mean":
         total = total / rows.sum(1).clamp(min=1)[:, None, None]
     return total if score.per_head else total.mean(1)
+
+
+def _summed(score: RowScore, call: Call, rows: Tensor, index: Tensor, tables: Any) -> Tensor:
+    """Weights of the counted rows, each over its gain, summed per head: fp32 ``[B, H, N]``."""
+    batch, heads = call.query.shape[:2]
+    total = torch.zeros(batch, heads, call.keys, device=rows.device)
+    for part in chunks(index, batch, heads, call.keys):
+        weights = call.weights(part)
+        if score.rope == "ones":
+            weights = weights / _gain(tables, part)[:, None]
+        total += (rows[:, None, None, part].float() @ weights)[:, :, 0]
+    return total
 
 
 def _gain(tables: Any, rows: Tensor) -> Tensor:

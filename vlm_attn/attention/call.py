@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -93,14 +93,6 @@ class Call:
         """Unpadded, causal over the whole square, nothing added to the logits."""
         bare = self.mask is None and self.bias is None and self.softcap is None and not self.maps
         return bare and self.causal and self.queries == self.keys
-
-    def until(self, slots: int) -> Call:
-        """The call as its first ``slots`` rows see it, where they see nothing behind them; else the call itself."""
-        if not self.plain or slots == self.keys:
-            return self
-        lse = None if self.lse is None else self.lse[:, :, :slots]
-        query, key, value = (x[:, :, :slots] for x in (self.query, self.key, self.value))
-        return replace(self, query=query, key=key, value=value, lse=lse)
 
     @property
     def folded(self) -> tuple[RowMap, ...]:

@@ -11,6 +11,9 @@ from torch import Tensor
 # stays near the cache: larger ones wait for memory, and for its pages, in every pass over them.
 CHUNK_ELEMENTS = 1 << 21
 ACCELERATOR_CHUNKS = 8
+# Where heads can be worked off apart, a block on the CPU stays inside one core's cache, and in memory that is there
+# already; with fewer rows than these the product of a block would read its keys more often than it is worth.
+BLOCK_ELEMENTS, BLOCK_ROWS = 1 << 18, 16
 
 
 def row_logits(query: Tensor, key: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
@@ -54,3 +57,18 @@ def chunks(rows: Tensor, batch: int, heads: int, keys: int) -> Iterator[Tensor]:
     limit = CHUNK_ELEMENTS * (1 if rows.device.type == "cpu" else ACCELERATOR_CHUNKS)
     size = max(1, limit // max(1, batch * heads * keys))
     yield from rows.split(size)
+
+
+def blocks(rows: int, heads: int, unit: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Splits ``rows`` and key/value ``heads`` into blocks: one head after the other before rows are split.
+
+    Args:
+        unit: weights of one row in one of the heads.
+    """
+    cpu = device.type == "cpu"
+    limit = BLOCK_ELEMENTS if cpu else CHUNK_ELEMENTS * ACCELERATOR_CHUNKS
+    size = max(min(BLOCK_ROWS, CHUNK_ELEMENTS // max(1, unit)), limit // max(1, unit), 1)
+    together = max(1, size // max(1, rows))
+    for head in range(0, heads, together):
+        for first in range(0, rows, size):
+            yield slice(head, min(head + together, heads)), slice(first, min(first + size, rows))

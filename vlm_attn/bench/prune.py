@@ -45,7 +45,7 @@ class Case:
     Attributes:
         method: None in the short text prompt.
         kind: where tokens leave: ``input``, ``layer 2``, ``stages`` or ``encoder``; the first two have a bar.
-        attention: the choice is made by attention alone, whose cost has a bar.
+        attention: attention, of the language model or of the encoder, takes part in the choice; its cost has a bar.
     """
 
     name: str
@@ -73,10 +73,10 @@ def cases(shape: Shape) -> list[Case]:
         case("norm_prune", "input", **ninth),
         case("fastervlm", "input", True, **ninth),
         case("text_dominance_compress", "input", True, reduction=1 - SHARE),
-        case("vispruner", "input", **ninth),
-        case("visionzip", "input", **ninth),
-        case("holov", "input", **ninth),
-        case("prumerge", "input"),
+        case("vispruner", "input", True, **ninth),
+        case("visionzip", "input", True, **ninth),
+        case("holov", "input", True, **ninth),
+        case("prumerge", "input", True),
         case("apet", "input", **ninth),
         case("divprune", "input", **ninth),
         case("cdpruner", "input", **ninth),
@@ -84,16 +84,16 @@ def cases(shape: Shape) -> list[Case]:
         case("fastv", "layer 2", True, **ninth),
         case("fastv", "layer 2", True, "fastv auto", keep="auto"),
         case("dart", "layer 2", **ninth),
-        case("tokencarve", "layer 2", **ninth),
+        case("tokencarve", "layer 2", True, **ninth),
         case("himap", "stages", True),
         case("pyramiddrop", "stages", True),
         case("feather", "stages", True),
-        case("sparsevlm", "stages", budget=64),
+        case("sparsevlm", "stages", True, budget=64),
         case("sparsevlm", "stages", True, "sparsevlm plus", version="plus", budget=64),
-        case("spatten", "stages", **ninth),
+        case("spatten", "stages", True, **ninth),
         case("tome", "encoder", **ninth),
-        case("flowcut", "encoder", **ninth),
-        case("illava", "encoder"),
+        case("flowcut", "encoder", True, **ninth),
+        case("illava", "encoder", True),
     ]
 
 
