@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .encoder import EncoderReader
 from .encoder_view import encoder_view
 from .errors import UnsupportedError
 from .families import Family
+from .families.base import Shadow
 from .readings import TABLES, Readings
 from .request import PruneStage, Request
 from .stages import Merged, Prune, PruneView, RowScore
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 ENCODER, LIVE, QUESTIONS = "vision encoder", "live heads", "questions"
 PROJECTORS = ("multi_modal_projector", "aligner")
 """Names of the module that maps single patches to the language model's width."""
+Running = Callable[[], Request | None]
 DryRun = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any], Tensor], dry.Ahead]
 
 
@@ -114,6 +117,12 @@ class Pruner:
         if self.readings.wants_tables(number):
             request.notes[TABLES] = kwargs.get("position_embeddings")
         return hidden, kwargs
+
+    def shadows(self, running: Running) -> Iterator[Shadow]:
+        """What a layer that runs dry needs shadowed: its key projection takes over what was projected then."""
+        for number in self.readings.ahead():
+            if (three := dry.projections(self.family.attention(number))) is not None:
+                yield three[1], "forward", functools.partial(_keys, number, running)
 
     def decode(
         self, number: int, hidden: Tensor, kwargs: dict[str, Any], past: int, request: Request
@@ -260,3 +269,10 @@ class Pruner:
         if not isinstance(tables, tuple):
             raise UnsupportedError(f"{self.family.name}: attention without rotary positions cannot be read here")
         return {**kwargs, "position_embeddings": (torch.ones_like(tables[0]), torch.zeros_like(tables[1]))}
+
+
+def _keys(number: int, running: Running, project: dry.Project, hidden: Tensor) -> Tensor:
+    """The keys of a layer: those that its dry run projected, if this is the run they wait for."""
+    request = running()
+    keys = None if request is None else request.keys.pop(number, None)
+    return project(hidden) if keys is None else keys

@@ -132,9 +132,6 @@ class Session:
         for number, attention in family.attentions():
             if self.pruner.cuts_heads or number in self.edits.gated_layers:
                 installed.pre_hook(family.output_projection(attention), functools.partial(self._before_o_proj, number))
-        for number in self.pruner.readings.ahead():
-            if (three := dry.projections(family.attention(number))) is not None:
-                installed.shadow(three[1], "forward", functools.partial(self._project_keys, number))
         if self.pruner.projector is not None:
             installed.pre_hook(self.pruner.projector, self._before_projector)
         installed.pre_hook(self.model, self._before_model)
@@ -145,7 +142,8 @@ class Session:
             if family.features(kind) is not None:
                 features = functools.partial(self._get_features, kind)
                 installed.shadow(family.base, f"get_{kind}_features", features)
-        for owner, name, wrapper in family.shadows(lambda: self._running):
+        pruned = self.pruner.shadows(lambda: None if self._suspended else self._running)
+        for owner, name, wrapper in (*family.shadows(lambda: self._running), *pruned):
             installed.shadow(owner, name, wrapper)
         installed.shadow(self.model, "generate", self._generate)
 
@@ -367,12 +365,6 @@ class Session:
     def _before_projector(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._suspended:
             self.pruner.before_projector(module, args, kwargs)
-
-    def _project_keys(self, number: int, project: dry.Project, hidden: Tensor) -> Tensor:
-        """The key projection of a layer that ran dry: what was projected then, if this is the run it was for."""
-        request = self._running
-        keys = None if self._suspended or request is None else request.keys.pop(number, None)
-        return project(hidden) if keys is None else keys
 
     def _visible(self, tokens: TokenMap) -> Tensor:
         return pruning.visible(tokens, self.family, self.processor, self.image_sizes)
