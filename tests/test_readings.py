@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ def dense(c: Call) -> Tensor:
     if c.bias is not None:
         logits = logits + c.bias[:, :, None]
     seen = torch.ones(N, N).tril().bool() if c.mask is None else c.mask
-    return logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1).float()
 
 
 def some_rows(first: int) -> Tensor:
@@ -39,6 +41,7 @@ LEFT_PADDED = torch.ones(B, 1, N, N).tril().bool() & (torch.arange(N) >= torch.t
 LEFT_PADDED[..., 0] = True  # padding rows see something
 CALLS = {
     "plain": call(),
+    "double": replace(call(), **{name: getattr(call(), name).double() for name in ("query", "key", "value")}),
     "padded": call(mask=LEFT_PADDED),
     "biased": call(bias=torch.randn(B, H, N, generator=torch.Generator().manual_seed(2))),
 }

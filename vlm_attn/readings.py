@@ -98,7 +98,7 @@ def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any 
         hidden = torch.zeros(visual.shape, device=visual.device).masked_fill_(~visual, HIDE)[:, None]
         call = replace(call, bias=hidden if call.bias is None else call.bias + hidden)
     index, heads = rows.any(0).nonzero()[:, 0], call.query.shape[1]
-    if call.plain and score.rope == "on":
+    if call.plain and score.rope == "on" and call.query.dtype in ops.DTYPES:
         total = ops.key_mass(call.query, call.key, index, call.scaling, call.lse, gate=rows[:, index])
     else:
         total = _summed(score, call, rows, index, tables)
