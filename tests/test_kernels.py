@@ -54,6 +54,17 @@ def test_mass_reference(case: Case, options: tuple[bool, ...], chunk: int) -> No
         check_mass(Inputs.of(case), **dict(zip(names, options, strict=True)))
 
 
+@pytest.mark.parametrize("lse", [float("-inf"), -1e9, float("nan")])
+def test_a_row_that_is_left_out_may_have_any_lse(lse: float) -> None:
+    x = Inputs.of(Case(queries=12, keys=12, hide=0))
+    gate = torch.ones(x.query.shape[0], 12, dtype=torch.bool)
+    gate[:, 3] = False
+    given = torch.zeros(x.query.shape[:3])
+    expected = ops.key_mass(x.query, x.key, None, x.case.scaling, given, gate=gate)
+    given[:, :, 3] = lse
+    assert torch.equal(ops.key_mass(x.query, x.key, None, x.case.scaling, given, gate=gate), expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(case=CASES, name=st.sampled_from(sorted(MIXES)), per_head=st.booleans(), active=st.booleans())
 def test_segments_reference(case: Case, name: str, per_head: bool, active: bool) -> None:

@@ -270,7 +270,8 @@ def key_mass_reference(
             weights = logits.softmax(-1)
         else:
             norm = logits.logsumexp(-1) if lse is None else lse[:, heads].index_select(2, part)
-            weights = logits.sub_(norm.masked_fill(norm.isinf(), INF)[..., None]).exp_()
+            norm = norm.masked_fill(norm.isinf() | ~counted[:, None], INF)  # what is not counted may hold anything
+            weights = logits.sub_(norm[..., None]).exp_()
         total[:, heads, :seen] += (counted[:, None, None].float() @ weights)[:, :, 0]
     return total.sum(1) if reduce_heads else total
 
