@@ -148,11 +148,16 @@ def top_k(scores: Tensor) -> Callable[[int, Tensor, int], Tensor]:
     return lambda row, slots, k: by_rank(scores[row, slots])[:k]
 
 
-def weighted(tokens: TokenMap, scores: Tensor, weights: Callable[[Tensor], Tensor]) -> Tensor:
-    """Scores times ``weights(x)``, ``x_i = i / (N - 1)`` per view."""
+def weighted(
+    tokens: TokenMap,
+    scores: Tensor,
+    weights: Callable[[Tensor], Tensor],
+    where: Callable[[TokenMap, int, Tensor], Tensor] = position,
+) -> Tensor:
+    """Scores times ``weights(x)``: ``x_i = i / (N - 1)`` per view, or what else ``where`` says of the slots."""
     out = scores.clone()
     for row, slots, _ in images(tokens):
-        out[row, slots] = scores[row, slots] * weights(position(tokens, row, slots))
+        out[row, slots] = scores[row, slots] * weights(where(tokens, row, slots))
     return out
 
 
@@ -163,10 +168,7 @@ def exp_trend(tokens: TokenMap, scores: Tensor, sigma: float) -> Tensor:
 
 def grid_trend(tokens: TokenMap, scores: Tensor, sigma: tuple[float, float]) -> Tensor:
     """Divides scores by a trend of rows and of columns: ``a_i * exp(-sigma_row y_i - sigma_column x_i)`` [ours]."""
-    out = scores.clone()
-    for row, slots, _ in images(tokens):
-        out[row, slots] = scores[row, slots] * grid_trend_weights(place(tokens, row, slots), *sigma)
-    return out
+    return weighted(tokens, scores, lambda places: grid_trend_weights(places, *sigma), place)
 
 
 def mean_map(tokens: TokenMap, scores: Tensor, mean: Sequence[float], name: str) -> Tensor:
