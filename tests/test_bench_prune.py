@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 import vlm_attn
+from vlm_attn import ops
 from vlm_attn.bench import memory, overview, prune, report, setup, turns
 
 MINI = setup.Shape("mini", layers=8, heads=4, kv_heads=4, visual=144, text=12, hidden=32, inner=64)
@@ -49,6 +52,64 @@ def test_figures_follow_from_the_lengths(said: dict) -> None:
         assert (row["scoring"]["median_s"] > 0) is (row["case"] != prune.SHORT)
         assert row["decode"]["ratio"] > 0
         assert row["end_to_end"]["ratio"] > 0
+
+
+def test_on_a_gpu_readers_of_attention_run_with_and_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol of a GPU on what is at hand: bf16, stock around the cases, choosing in a prefill of its own."""
+    monkeypatch.setattr(setup, "machine", lambda gpu: setup.Machine("cpu", torch.bfloat16, 1, queued=gpu))
+    monkeypatch.setattr(prune, "GPU_SHAPES", {"mini": MINI})
+    monkeypatch.setattr(memory, "peak", lambda run, device: [run(), 1 << 20][1])
+    run, readers, by_torch = prune.run_case, set(), set()
+
+    def run_case(trial: turns.Trial, shape: setup.Shape, case: prune.Case) -> turns.Taken:
+        mass, reference = ops.key_mass, ops.key_mass_reference
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "key_mass", lambda *args, **kwargs: [readers.add(case.name), mass(*args, **kwargs)][1])
+            patch.setattr(ops, "key_mass_reference", lambda *args: [by_torch.add(case.name), reference(*args)][1])
+            taken = run(trial, shape, case)
+        return taken
+
+    monkeypatch.setattr(prune, "run_case", run_case)
+    ticks: list[int] = []
+    said = prune.run_prune(gpu=True, rounds=1, steps=2, tick=lambda: ticks.append(1))
+    assert len(ticks) == prune.prune_ticks((), 1, gpu=True)
+    assert said["env"]["dtype"] == "bfloat16"
+    rows = {row["case"]: row for row in said["shapes"][0]["rows"]}
+    alone = {f"{name}, no kernel" for name in prune.KERNEL_READERS}
+    assert by_torch == alone
+    assert readers == alone | {*prune.KERNEL_READERS, overview.CONTROL, "fastv auto"}
+    for name in alone:
+        assert rows[name]["flops_ideal"] == rows[name.removesuffix(", no kernel")]["flops_ideal"]
+    for row in rows.values():
+        assert [row["of_ideal_bar"], row["decode"]["bar"], row["scoring"]["bar"]] == [None] * 3
+        assert (row["scoring"]["median_s"] > 0) is (row["case"] != prune.SHORT)
+        assert row["prefill"]["ratio"] > 0
+        assert row["end_to_end"]["ratio"] > 0
+
+
+def test_the_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    setup.CPU.clock("wall")()
+    assert not waited
+    setup.Machine("cuda", torch.bfloat16, None, queued=True).clock("wall")()
+    assert waited
+
+
+@pytest.mark.gpu
+def test_a_miniature_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune, "GPU_SHAPES", {"mini": dataclasses.replace(MINI, hidden=256)})
+    said = prune.run_prune(gpu=True, rounds=1, steps=2, only=["spatten"])
+    rows = {row["case"]: row for row in said["shapes"][0]["rows"]}
+    assert rows["spatten"]["equivalent_tokens"] == pytest.approx(
+        rows["spatten, no kernel"]["equivalent_tokens"], rel=0.1
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_shapes_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="no CUDA device"):
+        prune.run_prune(gpu=True)
 
 
 def test_table_shows_every_row(said: dict) -> None:

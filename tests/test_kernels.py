@@ -147,6 +147,23 @@ def test_missing_kernels_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.load_kernels.cache_clear()
 
 
+def test_references_run_in_place_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = Inputs.of(Case())
+    mass = ops.key_mass(x.query, x.key, None, 0.1)
+    labelled = ops.segment_attention(x.query, x.key, x.value, x.labels, 0.1)
+    monkeypatch.setattr(ops, "_ACCELERATED", {"cpu"})
+    monkeypatch.setattr(ops, "key_mass_reference", lambda *_: "reference")
+    monkeypatch.setattr(ops, "segment_attention_reference", lambda *_: "abc")
+    with pytest.raises(KeyError), ops.references():
+        assert not ops.accelerated("cpu")
+        assert ops.key_mass(x.query, x.key, None, 0.1) == "reference"
+        assert ops.segment_attention(x.query, x.key, x.value, x.labels, 0.1) == ("a", "b", "c")
+        raise KeyError
+    assert ops.accelerated("cpu")
+    assert torch.equal(ops.key_mass(x.query, x.key, None, 0.1), mass)
+    assert torch.equal(ops.segment_attention(x.query, x.key, x.value, x.labels, 0.1).output, labelled.output)
+
+
 # ------------------------------------------------------------------------------------------------------- refusals
 
 

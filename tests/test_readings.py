@@ -73,3 +73,13 @@ def test_weights_over_their_rotary_gain(kind: str, monkeypatch: pytest.MonkeyPat
     total = (dense(c) / gain * rows[:, None, :, None]).sum(2)
     each = readings.read(RowScore(0, "all", over="sum", rope="ones", per_head=True), c, rows, VISUAL, tables)
     assert torch.allclose(each, total, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_without_rotary_embedding_rows_see_visual_keys_alone(kind: str) -> None:
+    c, rows = CALLS[kind], some_rows(6)
+    hidden = torch.zeros(B, 1, N).masked_fill(~VISUAL[:, None], -1e30)
+    total = (dense(replace(c, bias=hidden if c.bias is None else c.bias + hidden)) * rows[:, None, :, None]).sum(2)
+    each = readings.read(RowScore(0, "all", over="sum", rope="free", per_head=True), c, rows, VISUAL)
+    assert torch.allclose(each, total, atol=1e-5)
+    assert (each[:, :, ~VISUAL[0]] == 0).all()

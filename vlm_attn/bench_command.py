@@ -25,7 +25,9 @@ def bench(
     method: Annotated[
         list[str] | None, typer.Option("--method", help="edits, prune: these alone; repeat for more.")
     ] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="edits: LLaVA-1.5-7B shapes in bf16 on the CUDA device.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="edits, prune: LLaVA-1.5-7B shapes in bf16 on the CUDA device.")
+    ] = False,
     clock: Annotated[
         Literal["wall", "cpu"], typer.Option(help="cpu: time of this process alone, for a machine that is not quiet.")
     ] = "wall",
@@ -38,8 +40,8 @@ def bench(
 
     if what == "overview" and method:
         raise typer.BadParameter("--method belongs to: vlm-attn bench edits, vlm-attn bench prune")
-    if what != "edits" and gpu:
-        raise typer.BadParameter("--gpu belongs to: vlm-attn bench edits")
+    if what == "overview" and gpu:
+        raise typer.BadParameter("--gpu belongs to: vlm-attn bench edits, vlm-attn bench prune")
     # Without its refreshing thread: the memory runs fork this process.
     with cli.quiet_stdout(as_json), Progress(console=cli.err, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("bench")
@@ -57,8 +59,10 @@ def bench(
             )
         elif what == "prune":
             rounds = rounds or 5
-            progress.update(task, total=module.prune_ticks(shape or (), rounds, method or ()))
-            result = module.run_prune(shape or (), rounds=rounds, clock=clock, only=method or (), tick=tick, **length)
+            progress.update(task, total=module.prune_ticks(shape or (), rounds, method or (), gpu))
+            result = module.run_prune(
+                shape or (), rounds=rounds, clock=clock, gpu=gpu, only=method or (), tick=tick, **length
+            )
         else:
             shape, rounds = shape or ["deep", "long"], rounds or 7
             progress.update(task, total=module.ticks(shape, rounds))

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import NamedTuple
@@ -34,6 +35,7 @@ PAD = 255
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INF = float("inf")
 _ACCELERATED: set[str] = set()
+_references = False
 
 torch.library.define(
     "vlm_attn::key_mass",
@@ -147,8 +149,8 @@ def key_mass(
     _expect("gate", gate, (b, r), torch.bool)
     if 0 in (b, h, r, n):
         return query.new_zeros((b, n) if reduce_heads else (b, h, n), dtype=torch.float32)
-    load_kernels(query.device.type)
-    return torch.ops.vlm_attn.key_mass(query, key, rows, scaling, lse, key_mask, gate, causal, reduce_heads)
+    run = torch.ops.vlm_attn.key_mass if _with_kernels(query.device.type) else key_mass_reference
+    return run(query, key, rows, scaling, lse, key_mask, gate, causal, reduce_heads)
 
 
 def segment_attention(
@@ -189,13 +191,11 @@ def segment_attention(
     if 0 in (b, h, q, n):
         lse = query.new_full((b, h, q), -INF, dtype=torch.float32)
         return SegmentAttention(torch.zeros_like(query), lse, lse[..., None].repeat(1, 1, 1, LABELS))
-    load_kernels(query.device.type)
+    run = torch.ops.vlm_attn.segment_attention if _with_kernels(query.device.type) else segment_attention_reference
     masks = (0, 0, 0) if mix is None else mix.masks()
     keep, gate_min, share_min = (1.0, 0.0, 0.0) if mix is None else (mix.keep, mix.gate_min, mix.share_min)
     return SegmentAttention(
-        *torch.ops.vlm_attn.segment_attention(
-            query, key, value, labels, scaling, active, causal, *masks, keep, gate_min, share_min
-        )
+        *run(query, key, value, labels, scaling, active, causal, *masks, keep, gate_min, share_min)
     )
 
 
@@ -218,8 +218,26 @@ def register_kernels(device: str, **implementations: Callable[..., object]) -> N
 
 def accelerated(device: str) -> bool:
     """Whether kernels run on a device type (loads them if they are installed)."""
+    return _with_kernels(device) and device in _ACCELERATED
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Inside, the torch references run on every device: to compare them with the kernels, or to look for a fault."""
+    global _references
+    before, _references = _references, True
+    try:
+        yield
+    finally:
+        _references = before
+
+
+def _with_kernels(device: str) -> bool:
+    """Whether kernels may run; loads those of the device."""
+    if _references:
+        return False
     load_kernels(device)
-    return device in _ACCELERATED
+    return True
 
 
 @functools.cache

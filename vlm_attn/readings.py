@@ -94,13 +94,15 @@ def read(score: RowScore, call: Call, rows: Tensor, visual: Tensor, tables: Any 
         visual: bool ``[B, N]``.
         tables: rotary (cos, sin) ``[B or 1, N, d]`` of the slots, for ``rope="ones"``.
     """
-    if score.rope == "free":
-        hidden = torch.zeros(visual.shape, device=visual.device).masked_fill_(~visual, HIDE)[:, None]
-        call = replace(call, bias=hidden if call.bias is None else call.bias + hidden)
     index, heads = rows.any(0).nonzero()[:, 0], call.query.shape[1]
-    if call.plain and score.rope == "on" and call.query.dtype in ops.DTYPES:
-        total = ops.key_mass(call.query, call.key, index, call.scaling, call.lse, gate=rows[:, index])
+    free = score.rope == "free"
+    if call.plain and score.rope != "ones" and call.query.dtype in ops.DTYPES:
+        lse, shown = (None, visual) if free else (call.lse, None)
+        total = ops.key_mass(call.query, call.key, index, call.scaling, lse, shown, gate=rows[:, index])
     else:
+        if free:
+            hidden = torch.zeros(visual.shape, device=visual.device).masked_fill_(~visual, HIDE)[:, None]
+            call = replace(call, bias=hidden if call.bias is None else call.bias + hidden)
         total = _summed(score, call, rows, index, tables)
     if score.heads is not None and score.heads < heads:
         best = by_rank((total * visual[:, None]).sum(-1))[:, : score.heads]

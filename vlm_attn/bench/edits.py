@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from transformers import LlavaForConditionalGeneration
 
 from .. import draft
@@ -22,7 +21,7 @@ from ..registry import method
 from ..session import Session, attach
 from ..stages import Method, RowEdit
 from . import memory, overview, paired, setup
-from .setup import CLOCKS, CONTROL_TOLERANCE, SINK_DIMS, Request, Shape
+from .setup import CONTROL_TOLERANCE, CPU, SINK_DIMS, Machine, Request, Shape
 from .turns import Stock, Taken, Trial
 
 CONTROL = "noop control"
@@ -34,10 +33,7 @@ SHAPES = {
     "deep": replace(overview.SHAPES["deep"], pictures=4),
     "long": replace(overview.SHAPES["long"], pictures=4),
 }
-_7B = Shape(
-    "7b-640", layers=32, heads=32, kv_heads=32, visual=576, text=64, hidden=4096, inner=11008, pictures=4, words=32064
-)
-GPU_SHAPES = {"7b-640": _7B, "7b-2944": replace(_7B, name="7b-2944", visual=2880, pictures=5)}
+GPU_SHAPES = {**setup.GPU_SHAPES, "7b-640": replace(setup.GPU_SHAPES["7b-640"], pictures=4)}
 GPU_BARS = {"var": 1.10, "vhr": 1.02, "decode": 1.03}
 
 
@@ -160,43 +156,31 @@ def cases(shape: Shape, tau: float, gpu: bool = False) -> list[Case]:
 # --------------------------------------------------------------------------------------------------------- timing
 
 
-def _clock(clock: str, device: str) -> Callable[[], float]:
-    if device != "cuda":
-        return CLOCKS[clock]
-
-    def now() -> float:
-        torch.cuda.synchronize()
-        return CLOCKS[clock]()
-
-    return now
-
-
 def bench_shape(
     shape: Shape,
     rounds: int,
     steps: int,
     clock: str = "wall",
-    device: str = "cpu",
+    place: Machine = CPU,
     peers: Sequence[Case] = (),
     only: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measures one shape; see :func:`run_edits`."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with setup.quiet(1 if device == "cpu" else None):
-        model = setup.build(shape, device=device, dtype=dtype)
+    with setup.quiet(place.threads):
+        model = setup.build(shape, place=place)
         job = setup.request(model, shape)
         tau = setup.sink_threshold(model, job)
-        found = cases(shape, tau, gpu=device == "cuda")
+        found = cases(shape, tau, gpu=place.device == "cuda")
         found = [*_chosen(found, only), *(replace(peer, taken=[], around=[]) for peer in peers)]
-        now = _clock(clock, device)
+        now = place.clock(clock)
 
-        trial = Trial(model, job, steps, now, Stock(model, job, now, layers=device == "cpu"))
+        trial = Trial(model, job, steps, now, Stock(model, job, now, layers=not place.queued))
         alone = replace(trial, steps=2, beside=None)
 
-        bytes_of_stock = memory.peak(alone.run, device)
+        bytes_of_stock = memory.peak(alone.run, place.device)
         for case in found:
-            case.peak = memory.peak(functools.partial(case.run, alone), device)
+            case.peak = memory.peak(functools.partial(case.run, alone), place.device)
             tick()
 
         def run(case: Case) -> Taken:
@@ -204,10 +188,10 @@ def bench_shape(
             return case.run(trial)
 
         trial.run()  # warm-up
-        around = None if device == "cpu" else replace(alone, steps=0).run
+        around = replace(alone, steps=0).run if place.queued else None
         paired.time_rounds(found, rounds, run, around)
         answers = whole_answers(model, job, steps, now, min(rounds, 3)) if not only else []
-    return _report(shape, found, bytes_of_stock, answers, device)
+    return _report(shape, found, bytes_of_stock, answers, place.device)
 
 
 def _chosen(found: list[Case], only: Sequence[str]) -> list[Case]:
@@ -330,14 +314,12 @@ def run_edits(
     """
     known = GPU_SHAPES if gpu else SHAPES
     setup.check(shapes, list(known), clock, rounds=rounds, steps=steps)
-    if gpu and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here: leave out the GPU option, or run this on a machine with a GPU")
-    device = "cuda" if gpu else "cpu"
-    env = setup.environment(device, torch.bfloat16 if gpu else torch.float32)
+    place = setup.machine(gpu)
+    env = setup.environment(place)
     results = [
-        bench_shape(known[name], rounds, steps, clock, device, peers, only, tick) for name in shapes or list(known)
+        bench_shape(known[name], rounds, steps, clock, place, peers, only, tick) for name in shapes or list(known)
     ]
-    return paired.document("edits", env, results, rounds, steps, clock)
+    return paired.document("edits", env, results, rounds, steps, clock, place.threads)
 
 
 def edit_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = (), peers: int = 0) -> int:

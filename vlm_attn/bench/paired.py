@@ -67,7 +67,9 @@ def ratio(
     return {"median_s": statistics.median(values), "ratio": statistics.median(ratios)}
 
 
-def document(bench: str, env: Any, shapes: Sequence[Any], rounds: int, steps: int, clock: str) -> dict[str, Any]:
+def document(
+    bench: str, env: Any, shapes: Sequence[Any], rounds: int, steps: int, clock: str, threads: int | None
+) -> dict[str, Any]:
     """The JSON-ready result of a bench whose cases are paired with stock."""
     return {
         "format": 1,
@@ -76,7 +78,7 @@ def document(bench: str, env: Any, shapes: Sequence[Any], rounds: int, steps: in
         "protocol": {
             "rounds": rounds,
             "decode_steps": steps,
-            "threads": 1,
+            "threads": threads,
             "clock": clock,
             "warm_up": "one stock run",
         },

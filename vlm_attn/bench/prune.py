@@ -5,17 +5,20 @@ round times every case once, in rotating order. Decoder layers of a prefill and 
 stock on a twin of the model and are divided by them. Keys projected ahead that a layer then takes over are no cost of
 choosing: the layer would have projected them. A pruner that keeps everything is timed along: where it does not land
 within 5 % of stock, the run is void. A text prompt as long as the shortest pruned one is timed too: no choice of
-tokens can be faster.
+tokens can be faster. On a GPU a prefill is divided by the mean of the stock prefills around it, choosing is timed in a
+prefill of its own, and what reads attention is timed with the kernels and without.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .. import ops
 from ..installation import Installation
 from ..kit.budgets import equivalent_tokens
 from ..registry import method
@@ -23,7 +26,7 @@ from ..session import Session, attach
 from ..stages import Method
 from . import memory, paired, setup
 from .overview import CONTROL, ideal_ratio
-from .setup import CLOCKS, CONTROL_TOLERANCE, Shape
+from .setup import CONTROL_TOLERANCE, CPU, GPU_SHAPES, Machine, Shape
 from .turns import Stock, Taken, Trial
 
 FORMULA = "(2 + 2 s) n d^2 + n (n + 1) d + 3 n d m per layer, s = share of key/value heads (vlm_attn/flops.py, causal)"
@@ -31,6 +34,8 @@ SHARE = 1 / 9
 SHORT = "short prompt"
 BARS = {"input": 0.85, "layer 2": 0.90}
 SCORING_BAR, DECODE_BAR = 0.02, 1.0
+
+KERNEL_READERS = ("fastv", "tokencarve", "himap", "pyramiddrop", "feather", "sparsevlm", "spatten", "illava")
 
 SHAPES = {
     "640": Shape("640", layers=12, heads=16, kv_heads=16, visual=576, text=64),
@@ -46,26 +51,28 @@ class Case:
         method: None in the short text prompt.
         kind: where tokens leave: ``input``, ``layer 2``, ``stages`` or ``encoder``; the first two have a bar.
         attention: attention, of the language model or of the encoder, takes part in the choice; its cost has a bar.
+        kernels: whether attention may be read by the kernels of the device.
     """
 
     name: str
     method: Method | None
     kind: str
     attention: bool = False
+    kernels: bool = True
     taken: list[Taken] = field(default_factory=list)
     around: list[tuple[Taken, Taken]] = field(default_factory=list)
     peak: int | None = None
 
 
-def cases(shape: Shape) -> list[Case]:
+def cases(shape: Shape, apart: bool = False) -> list[Case]:
     """The keep-all control, a text prompt of the short length and every pruning method, one ninth kept where the
-    budget is one number."""
+    budget is one number; with ``apart`` also without kernels, where they would read attention."""
 
     def case(name: str, kind: str, attention: bool = False, label: str = "", **params: Any) -> Case:
         return Case(label or name, method(name, **params), kind, attention)
 
     ninth: dict[str, Any] = {"keep": SHARE}
-    return [
+    found = [
         case("fastv", "control", label=CONTROL, keep=1.0),
         Case(SHORT, None, "floor"),
         case("random_prune", "input", layer=0, **ninth),
@@ -95,6 +102,17 @@ def cases(shape: Shape) -> list[Case]:
         case("flowcut", "encoder", True, **ninth),
         case("illava", "encoder", True),
     ]
+    return with_and_without(found) if apart else found
+
+
+def with_and_without(found: list[Case]) -> list[Case]:
+    """Beside every one of the `KERNEL_READERS` the same case by torch operators alone."""
+    rows: list[Case] = []
+    for case in found:
+        rows.append(case)
+        if case.name in KERNEL_READERS:
+            rows.append(replace(case, name=f"{case.name}, no kernel", kernels=False, taken=[], around=[]))
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------- the runs
@@ -107,22 +125,16 @@ class _Meter:
         self.now, self.seconds, self._inside = now, 0.0, False
         self.keys: dict[int, float] = {}
 
-    def watch(self, owner: Any, name: str) -> None:
-        """Times ``owner.name`` from now on; calls inside watched calls count once."""
-        inner = getattr(owner, name)
-
-        @functools.wraps(inner)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
-                return inner(*args, **kwargs)
-            self._inside, start = True, self.now()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self._inside = False
-                self.seconds += self.now() - start
-
-        setattr(owner, name, timed)
+    def watch(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Times a call; calls inside timed calls count once. Shadows what is watched."""
+        if self._inside:
+            return inner(*args, **kwargs)
+        self._inside, start = True, self.now()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self._inside = False
+            self.seconds += self.now() - start
 
     def watch_keys(self, number: int, project: Callable[..., Any], *args: Any) -> Any:
         """Times the key projections of a layer that watched calls make; shadows them."""
@@ -141,25 +153,36 @@ def run_case(trial: Trial, shape: Shape, case: Case) -> Taken:
         taken = short.run()
         taken.facts["per_layer"] = [kept] * shape.layers
         return taken
-    with attach(trial.model, case.method) as session:
-        meter = _Meter(trial.clock)
-        watched = ("read", "_read_ahead", "_cut", "cut_heads")
-        for name in watched:
-            meter.watch(session.pruner, name)
-        if session.encoder.shrinker is not None:
-            meter.watch(session.encoder.shrinker, "_decide")
-        installed = Installation()
-        for number in session.pruner.readings.ahead():
-            project = session.family.attention(number).k_proj
-            installed.shadow(project, "forward", functools.partial(meter.watch_keys, number))
-        try:
+    with nullcontext() if case.kernels else ops.references(), attach(trial.model, case.method) as session:
+        if trial.queued:
             taken = trial.run()
-        finally:
-            installed.undo()
+            with choosing(session, trial.clock) as meter:
+                setup.prefill(trial.model, trial.job, encode=True)
+        else:
+            with choosing(session, trial.clock) as meter:
+                taken = trial.run()
         taken.facts["per_layer"] = _lengths(session)
         spared = session.last.spared
     taken.apart = meter.seconds - sum(seconds * spared.get(n, 0.0) for n, seconds in meter.keys.items())
     return taken
+
+
+@contextmanager
+def choosing(session: Session, now: Callable[[], float]) -> Iterator[_Meter]:
+    """Inside, what the session takes to choose is timed."""
+    meter = _Meter(now)
+    installed = Installation()
+    for name in ("read", "_read_ahead", "_cut", "cut_heads"):
+        installed.shadow(session.pruner, name, meter.watch)
+    if session.encoder.shrinker is not None:
+        installed.shadow(session.encoder.shrinker, "_decide", meter.watch)
+    for number in session.pruner.readings.ahead():
+        project = session.family.attention(number).k_proj
+        installed.shadow(project, "forward", functools.partial(meter.watch_keys, number))
+    try:
+        yield meter
+    finally:
+        installed.undo()
 
 
 def _lengths(session: Session) -> list[int]:
@@ -172,31 +195,33 @@ def bench_shape(
     rounds: int,
     steps: int,
     clock: str = "wall",
+    place: Machine = CPU,
     only: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measures one shape; see :func:`run_prune`."""
-    with setup.quiet(1):
-        model = setup.build(shape)
+    with setup.quiet(place.threads):
+        model = setup.build(shape, place=place)
         job = setup.request(model, shape)
-        now = CLOCKS[clock]
-        found = chosen(cases(shape), only)
+        now = place.clock(clock)
+        found = chosen(cases(shape, place.queued), only)
 
-        trial = Trial(model, job, steps, now, Stock(model, job, now))
+        stock = Stock(model, job, now, layers=not place.queued)
+        trial = Trial(model, job, steps, now, stock, place.queued)
         alone = replace(trial, steps=1, beside=None)
 
         def run(case: Case) -> Taken:
             tick()
             return run_case(trial, shape, case)
 
-        bytes_of_stock = memory.peak(alone.run, "cpu")
+        bytes_of_stock = memory.peak(alone.run, place.device)
         for case in found:
-            case.peak = memory.peak(functools.partial(run_case, alone, shape, case), "cpu")
+            case.peak = memory.peak(functools.partial(run_case, alone, shape, case), place.device)
             tick()
         trial.run()  # warm-up
         tower = encoding(trial)
-        paired.time_rounds(found, rounds, run)
-    return _report(shape, found, steps, tower, bytes_of_stock)
+        paired.time_rounds(found, rounds, run, replace(alone, steps=0).run if place.queued else None)
+    return _report(shape, found, steps, tower, bytes_of_stock, place)
 
 
 def encoding(trial: Trial, runs: int = 5) -> float:
@@ -226,11 +251,15 @@ def chosen(found: list[Case], only: Sequence[str]) -> list[Case]:
 # --------------------------------------------------------------------------------------------------------- report
 
 
-def _report(shape: Shape, found: list[Case], steps: int, tower: float, stock_peak: int | None) -> dict[str, Any]:
+def _report(
+    shape: Shape, found: list[Case], steps: int, tower: float, stock_peak: int | None, place: Machine = CPU
+) -> dict[str, Any]:
     prefills = [taken.prefill for case in found for pair in case.around for taken in pair]
     stock_prefill = statistics.median(prefills) - tower
     stock_decode = statistics.median(taken.stock_decode for case in found for taken in case.taken)
     rows = [_row(shape, case, steps, tower, stock_prefill, stock_peak) for case in found]
+    if place.queued:  # the bars are those of the processor
+        rows = [_without_bars(row) for row in rows]
     control = rows[0]
     off = max(abs(control[name]["ratio"] - 1) for name in ("prefill", "decode"))
     return {
@@ -243,7 +272,7 @@ def _report(shape: Shape, found: list[Case], steps: int, tower: float, stock_pea
             "peak_bytes": stock_peak,
         },
         "rows": rows,
-        "memory": memory.HOW["cpu"] if stock_peak is not None else "not measured: no /proc here",
+        "memory": memory.HOW[place.device] if stock_peak is not None else "not measured: no /proc here",
         "control_off_by": off,
         "valid": off <= CONTROL_TOLERANCE,
     }
@@ -281,6 +310,11 @@ def _row(
     }
 
 
+def _without_bars(row: dict[str, Any]) -> dict[str, Any]:
+    timed = {name: {**row[name], "bar": None} for name in ("decode", "scoring")}
+    return {**row, **timed, "of_ideal_bar": None}
+
+
 def _end_to_end(case: Case, steps: int) -> float:
     """Prefill and ``steps`` tokens over stock's."""
     return statistics.median(
@@ -304,16 +338,19 @@ def run_prune(
     rounds: int = 5,
     steps: int = 12,
     clock: str = "wall",
+    gpu: bool = False,
     only: Sequence[str] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measures every pruning method on the named shapes, fp32, one thread.
+    """Measures every pruning method on the named shapes.
 
     Args:
-        shapes: names out of `SHAPES`; all of them by default.
+        shapes: names out of `SHAPES` (`GPU_SHAPES` with ``gpu``); all of them by default.
         rounds: timed rounds per shape, after one stock run that warms up.
         steps: decode steps per run.
         clock: `"wall"` is the protocol; `"cpu"` counts this process only.
+        gpu: shapes of LLaVA-1.5-7B and LLaVA-NeXT in bf16 on the CUDA device, with and without the kernels that read
+            attention, instead of fp32 on one CPU thread.
         only: these methods alone, with the control.
         tick: called `prune_ticks(...)` times in all.
 
@@ -321,15 +358,18 @@ def run_prune(
         JSON-ready dict: `env`, `protocol`, `shapes` (stock, rows, control), `valid`.
 
     Raises:
-        ValueError: unknown shape, method or clock, or an empty protocol.
+        ValueError: unknown shape, method or clock, an empty protocol, or no CUDA device for ``gpu``.
     """
-    setup.check(shapes, list(SHAPES), clock, rounds=rounds, steps=steps)
+    known = GPU_SHAPES if gpu else SHAPES
+    setup.check(shapes, list(known), clock, rounds=rounds, steps=steps)
     chosen(cases(SHAPES["640"]), only)
-    env = setup.environment()
-    results = [bench_shape(SHAPES[name], rounds, steps, clock, only, tick) for name in shapes or list(SHAPES)]
-    return paired.document("prune", env, results, rounds, steps, clock)
+    place = setup.machine(gpu)
+    env = setup.environment(place)
+    results = [bench_shape(known[name], rounds, steps, clock, place, only, tick) for name in shapes or list(known)]
+    return paired.document("prune", env, results, rounds, steps, clock, place.threads)
 
 
-def prune_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = ()) -> int:
+def prune_ticks(shapes: Sequence[str], rounds: int, only: Sequence[str] = (), gpu: bool = False) -> int:
     """How often `run_prune` calls `tick`."""
-    return (len(shapes) or len(SHAPES)) * (rounds + 1) * len(chosen(cases(SHAPES["640"]), only))
+    found = chosen(cases(SHAPES["640"], gpu), only)
+    return (len(shapes) or len(GPU_SHAPES if gpu else SHAPES)) * (rounds + 1) * len(found)

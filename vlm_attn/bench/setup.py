@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,55 @@ class Shape:
         return self.visual + self.text
 
 
-def build(
-    shape: Shape, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> LlavaForConditionalGeneration:
+_7B = Shape("7b-640", layers=32, heads=32, kv_heads=32, visual=576, text=64, hidden=4096, inner=11008, words=32064)
+GPU_SHAPES = {"7b-640": _7B, "7b-2944": replace(_7B, name="7b-2944", visual=2880, pictures=5)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a bench runs on.
+
+    Attributes:
+        device, dtype: of the model. threads: of torch on the host, None = as many as it takes.
+        queued: the device works behind the host's back. Its clock waits for it, and looking at the clock in the middle
+            of a prefill would hold it up: stock prefills are taken around what is timed instead of in turn with it.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    threads: int | None = 1
+    queued: bool = False
+
+    def clock(self, name: str) -> Callable[[], float]:
+        """A clock of `CLOCKS` that reads when the device has done its work."""
+        if not self.queued:
+            return CLOCKS[name]
+
+        def now() -> float:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            return CLOCKS[name]()
+
+        return now
+
+
+CPU = Machine()
+
+
+def machine(gpu: bool) -> Machine:
+    """One thread of the processor in fp32, or the CUDA device in bf16.
+
+    Raises:
+        ValueError: no CUDA device.
+    """
+    if not gpu:
+        return CPU
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: leave out the GPU option, or run this on a machine with a GPU")
+    return Machine("cuda", torch.bfloat16, None, queued=True)
+
+
+def build(shape: Shape, seed: int = 0, place: Machine = CPU) -> LlavaForConditionalGeneration:
     """Random-weight LLaVA of this shape, sdpa, with a two-layer vision tower that is only there to give features."""
     each = shape.visual // shape.pictures
     side = round(each**0.5)
@@ -74,9 +120,9 @@ def build(
     )  # fmt: skip
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(place.dtype)
     try:
-        with torch.device(device):
+        with torch.device(place.device):
             model = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
@@ -228,7 +274,7 @@ def spread(values: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
     }
 
 
-def environment(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def environment(place: Machine = CPU) -> dict[str, Any]:
     """What ran where."""
     return {
         "torch": torch.__version__,
@@ -236,8 +282,8 @@ def environment(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if place.device == "cuda" else None,
         "load_before_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(place.dtype).removeprefix("torch."),
         "attention": "sdpa",
     }

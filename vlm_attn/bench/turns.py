@@ -155,13 +155,14 @@ class Taken:
 @dataclass(frozen=True)
 class Trial:
     """What is timed: the prompt of ``job`` and ``steps`` tokens on ``model`` by the clock ``now``, in turn with
-    ``beside``, if given."""
+    ``beside``, if given. ``queued``: looking at the clock within a prefill would hold it up."""
 
     model: LlavaForConditionalGeneration
     job: Request
     steps: int
     now: Callable[[], float]
     beside: Stock | None = None
+    queued: bool = False
 
     def clock(self) -> float:
         """Time without stock's turns."""
