@@ -76,19 +76,6 @@ def test_empty_segment_has_no_mass() -> None:
     assert (lse == -INF).all()
 
 
-def test_without_gives_the_rest() -> None:
-    q, k, v = tensors(8, 2, 4, 20, 2)
-    whole = segments.attend(q, k, v, 0.3)
-    part = segments.attend(q, k[:, :, :5], v[:, :, :5], 0.3)
-    keep = (torch.arange(20) >= 5)[None, None, None]
-    expected, expected_lse = dense(q, k, v, keep)
-    out, lse = segments.without(*whole, *part)
-    big = (expected_lse - whole[1].double()).exp() > 1e-2
-    assert big.any()
-    assert (out - expected)[big].abs().max() < 1e-4
-    assert (lse - expected_lse)[big].abs().max() < 1e-4
-
-
 @pytest.mark.parametrize("scales", [(0.6, 1.0, 2.5), (1.0, 0.0, 1.0)])
 def test_scaling_and_renormalising_is_a_bias(scales: tuple[float, float, float]) -> None:
     """Multiply the weights of segment g by s_g and renormalise == add log s_g to its logits."""

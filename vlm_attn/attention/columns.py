@@ -20,7 +20,7 @@ from .rows import chunks, row_logits, row_outputs
 
 def _direct_below(dtype: torch.dtype) -> float:
     """Share of unlabelled mass below which ``O - M_S O_S`` loses too many digits of the output's type."""
-    return 1e-2 if dtype == torch.float32 else 0.2
+    return 0.1 if dtype == torch.float32 else 0.2
 
 
 def column_means(call: Call, valid: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:

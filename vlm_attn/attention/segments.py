@@ -77,14 +77,3 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     base = torch.where(lse.isinf(), 0.0, lse)
     out = sum((part[1] - base).exp()[..., None] * part[0].float() for part in parts)
     return out, lse  # type: ignore[return-value]
-
-
-def without(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Removes one segment from a union: ``(O, L)`` minus ``(O_g, L_g)``.
-
-    Only exact while the rest holds a visible share of the mass; compute the rest directly where ``1 - M_g < 1e-3``.
-    """
-    mass = (part_lse - lse).exp()
-    rest = (1 - mass).clamp(min=0)
-    output = (out.float() - mass[..., None] * part.float()) / rest.clamp(min=1e-12)[..., None]
-    return output, lse + rest.log()
