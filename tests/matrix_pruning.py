@@ -184,6 +184,8 @@ PRUNING: dict[str, dict[str, Any]] = {
             {"keep": 0.4},
             {"keep": 0.3, "m": 8, "seed": 2, "positions": "keep"},
             {"keep": 0.5, "score": "jvp", "m": 8},
+            {"keep": 0.4, "m": 8, "rank": 4},
+            {"keep": 0.3, "score": "jvp", "m": 8, "rank": 3},
             {"keep": 0.4, "score": "norm"},
         ),
         "reference": built_by(encoder.Zoo),

@@ -125,6 +125,10 @@ def test_sensitivity(seed: int) -> None:
     exact = scores.jvp_sensitivity(project, x, 4, seed)
     close(exact, loops.derivative(matrix, bias, x, bank))
     close(finite, exact.tolist(), 1e-3)
+    end = draw(seed + 3, 3, 5)
+    for sensitivity in (scores.zo_sensitivity, scores.jvp_sensitivity):
+        whole = sensitivity(lambda z: project(z) @ end.T + 1, x, m=4, seed=seed)
+        close(sensitivity(project, x, m=4, seed=seed, behind=lambda z: z @ end.T), whole.tolist(), 1e-3)
 
 
 def test_directions_follow_the_seed_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .kit.scores import attention_row, received_attention
+from .projector import Projector
 from .tokens import TokenMap
 
 
@@ -89,10 +91,10 @@ class EncoderView:
             query[number], key[number], value[number], scaling, self.class_token, self.features[number], alive
         )
 
-    def project(self, features: Tensor) -> Tensor:
+    @functools.cached_property
+    def project(self) -> Projector:
         """The projector on ``[..., d_v]``, computed and returned in fp32."""
-        state = {name: value.float() for name, value in self.projector.state_dict().items()}
-        return torch.func.functional_call(self.projector, state, (features.float(),))
+        return Projector(self.projector)
 
 
 def encoder_view(

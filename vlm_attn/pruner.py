@@ -94,6 +94,7 @@ class Pruner:
             )
         cut = self._cut(0, request, embeds)
         request.notes.pop(ENCODER, None)
+        self.projected = None  # a method that asked the projector left what it gave
         if cut is None:
             return None
         stage, _, embeds = cut

@@ -11,6 +11,7 @@ from vlm_attn.kit.budgets import floor_share
 from vlm_attn.kit.calibrators import minmax
 from vlm_attn.kit.scores import jvp_sensitivity, norm, zo_sensitivity
 from vlm_attn.kit.selectors import maxmin
+from vlm_attn.projector import Projector
 from vlm_attn.selection import images
 from vlm_attn.stages import PruneView, method_dataclass
 
@@ -32,6 +33,8 @@ class ZooPrune(EncoderPrune):
         keep: share of each image's tokens to keep, in (0, 1].
         score: ``"zo"``: finite differences; ``"jvp"``: their exact limit; ``"norm"``: ``|z_i|``, the control that
             costs nothing.
+        rank: of the factors that stand in for the projector's linear layers while it is nudged; None = the layers
+            themselves, 128 = as released for LLaVA-NeXT.
         m: number of directions (64 as published; 8 gives nearly the same ranking at an eighth of the cost).
         h: step length.
         seed: of the directions.
@@ -48,6 +51,7 @@ class ZooPrune(EncoderPrune):
     keep: Annotated[float, Field(gt=0, le=1)] = 0.1112
     score: Literal["zo", "jvp", "norm"] = "zo"
     m: Annotated[int, Field(ge=1)] = 64
+    rank: Annotated[int, Field(ge=1)] | None = None
     h: Annotated[float, Field(gt=0)] = 0.01
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
@@ -56,11 +60,12 @@ class ZooPrune(EncoderPrune):
         for row, slots, total in images(view.tokens):
             x = view.vision.picture(row, int(view.tokens.img_id[row, slots[0]])).features.float()
             z = view.vision.project(x)
-            if self.score == "zo":
-                s = zo_sensitivity(view.vision.project, x, self.m, self.h, self.seed)
-            elif self.score == "jvp":
-                s = jvp_sensitivity(view.vision.project, x, self.m, self.seed)
-            else:
-                s = norm(z)
+            s = norm(z) if self.score == "norm" else self._sensitivity(view.vision.project.of_rank(self.rank), x)
             out[row, slots[maxmin(z, floor_share(total, self.keep), minmax(s))]] = True
         return out
+
+    def _sensitivity(self, projector: Projector, x: Tensor) -> Tensor:
+        project, behind = projector.split(x[:1])
+        if self.score == "jvp":
+            return jvp_sensitivity(project, x, self.m, self.seed, behind)
+        return zo_sensitivity(project, x, self.m, self.h, self.seed, behind)

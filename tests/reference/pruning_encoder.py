@@ -180,6 +180,14 @@ class HoloV(ByEncoder):
         return literal.runs(t if intended else a, weights, budget(self.params.get("keep", 0.2223), n), count), {}
 
 
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    """The best approximation of that rank, where two factors hold fewer numbers than the weight."""
+    if rank * (len(weight) + len(weight[0])) >= weight.numel():
+        return weight
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return sum(s[j] * torch.outer(u[:, j], v[j]) for j in range(rank))
+
+
 class Zoo(ByEncoder):
     """Sensitivity by differences of the projector itself, in double precision."""
 
@@ -192,6 +200,8 @@ class Zoo(ByEncoder):
         first, second = self.projector.linear_1, self.projector.linear_2
         w1, b1, w2 = (t.double() for t in (first.weight, first.bias, second.weight))
         act = self.projector.act
+        if rank := self.params.get("rank"):
+            w1, w2 = (truncated(w, rank) for w in (w1, w2))
 
         def project(x: Tensor) -> Tensor:
             return act(x @ w1.T + b1) @ w2.T  # the last bias cancels in differences

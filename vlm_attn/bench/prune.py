@@ -88,6 +88,7 @@ def cases(shape: Shape, apart: bool = False) -> list[Case]:
         case("divprune", "input", **ninth),
         case("cdpruner", "input", **ninth),
         case("zoo_prune", "input", label="zoo_prune m=8", m=8, **ninth),
+        case("zoo_prune", "input", label="zoo_prune m=8 rank 128", m=8, rank=128, **ninth),
         case("fastv", "layer 2", True, **ninth),
         case("fastv", "layer 2", True, "fastv auto", keep="auto"),
         case("dart", "layer 2", **ninth),

@@ -170,8 +170,11 @@ def norm(features: Tensor) -> Tensor:
 
 
 def svd_energy(features: Tensor) -> Tensor:
-    """``sum_j |U_ij| s_j`` of the SVD of ``[..., N, d]`` (TokenCarve), through the N x N Gram matrix in fp64."""
+    """``sum_j |U_ij| s_j`` of the SVD of ``[..., N, d]`` (TokenCarve), through the smaller Gram matrix in fp64."""
     x = features.double()
+    if x.shape[-2] > x.shape[-1]:  # U_ij s_j = (X V)_ij
+        vectors = torch.linalg.eigh(x.transpose(-1, -2) @ x)[1]
+        return (x @ vectors).abs().sum(-1).float()
     values, vectors = torch.linalg.eigh(x @ x.transpose(-1, -2))
     return (vectors.abs() * values.clamp(min=0).sqrt()[..., None, :]).sum(-1).float()
 
@@ -266,7 +269,9 @@ def directions(count: int, width: int, seed: int, device: torch.device | str = "
     return unit(torch.randn(count, width, generator=generator)).to(device)
 
 
-def zo_sensitivity(project: Project, features: Tensor, m: int = 64, h: float = 0.01, seed: int = 0) -> Tensor:
+def zo_sensitivity(
+    project: Project, features: Tensor, m: int = 64, h: float = 0.01, seed: int = 0, behind: Project | None = None
+) -> Tensor:
     """Zeroth-order sensitivity ``S_i = mean_j |M(x_i + h u_j) - M(x_i - h u_j)| / (2 h)`` (ZOO-Prune).
 
     One bank of ``m`` directions is shared by all tokens. Everything is fp32: in half precision most of the
@@ -276,6 +281,7 @@ def zo_sensitivity(project: Project, features: Tensor, m: int = 64, h: float = 0
         project: the projector M on ``[..., N, d_v]``, in fp32.
         features: encoder output ``[..., N, d_v]``.
         h: step length.
+        behind: a linear map that ends M, if ``project`` leaves it out: it then runs on differences, once a direction.
 
     Returns:
         fp32 ``[..., N]``.
@@ -284,17 +290,21 @@ def zo_sensitivity(project: Project, features: Tensor, m: int = 64, h: float = 0
     total = x.new_zeros(x.shape[:-1])
     for u in directions(m, x.shape[-1], seed, x.device):
         plus, minus = project(torch.stack([x + h * u, x - h * u]))
-        total += (plus - minus).float().norm(dim=-1) / (2 * h)
+        moved = plus - minus if behind is None else behind(plus - minus)
+        total += moved.float().norm(dim=-1) / (2 * h)
     return total / m
 
 
-def jvp_sensitivity(project: Project, features: Tensor, m: int = 64, seed: int = 0) -> Tensor:
+def jvp_sensitivity(
+    project: Project, features: Tensor, m: int = 64, seed: int = 0, behind: Project | None = None
+) -> Tensor:
     """The exact limit of :func:`zo_sensitivity` for ``h -> 0``: ``mean_j |J(x_i) u_j|`` by forward differentiation."""
     x = features.float()
     total = x.new_zeros(x.shape[:-1])
     for u in directions(m, x.shape[-1], seed, x.device):
         tangent = torch.func.jvp(project, (x,), (u.expand_as(x),))[1]
-        total += tangent.float().norm(dim=-1)
+        moved = tangent if behind is None else behind(tangent)
+        total += moved.float().norm(dim=-1)
     return total / m
 
 
