@@ -26,8 +26,8 @@ class ZooPrune(EncoderPrune):
     tokens, min-max scaled per image (all ones if constant); first ``argmax S``, then repeatedly
     ``argmax_i S_i min_{j kept} (1 - cos(z_i, z_j))``, z = M(x), until ``int(keep * N)`` tokens are kept.
 
-    Acts between vision encoder and language model; everything is computed in fp32, because in half precision the
-    nudge is rounded away. Text is never dropped.
+    Acts between vision encoder and language model; S is computed in fp32, because in half precision the nudge is
+    rounded away. Text is never dropped.
 
     Attributes:
         keep: share of each image's tokens to keep, in (0, 1].
@@ -41,7 +41,7 @@ class ZooPrune(EncoderPrune):
         positions: ``"renumber"`` closes the gaps, as released; ``"keep"`` leaves the original positions.
 
     Source: arXiv 2509.24837.
-    Deviations: the directions are seeded; fp32 throughout; ties go to the earlier token.
+    Deviations: the directions are seeded; S in fp32; ties go to the earlier token.
     """
 
     name = "zoo_prune"
@@ -57,10 +57,10 @@ class ZooPrune(EncoderPrune):
 
     def keep_mask(self, view: PruneView) -> Tensor:
         out = view.tokens.vis.clone().zero_()
+        projector = None if self.score == "norm" else view.vision.project.of_rank(self.rank)
         for row, slots, total in images(view.tokens):
-            x = view.vision.picture(row, int(view.tokens.img_id[row, slots[0]])).features.float()
-            z = view.vision.project(x)
-            s = norm(z) if self.score == "norm" else self._sensitivity(view.vision.project.of_rank(self.rank), x)
+            x, z = view.vision.picture(row, int(view.tokens.img_id[row, slots[0]])).features, view.features[row, slots]
+            s = norm(z) if projector is None else self._sensitivity(projector, x)
             out[row, slots[maxmin(z, floor_share(total, self.keep), minmax(s))]] = True
         return out
 
