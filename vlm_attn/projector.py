@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from typing import Any
@@ -13,38 +14,36 @@ from torch.nn import functional as F
 from .installation import Installation
 from .kit.scores import Project, low_rank
 
-Factors = tuple[Tensor, ...]
+Factors = tuple[Tensor, Tensor]
 _FACTORS: weakref.WeakKeyDictionary[nn.Linear, dict[int, tuple[Any, Factors]]] = weakref.WeakKeyDictionary()
 
 
 class Projector:
-    """The module that maps encoder features to the language model's width, computed and returned in fp32.
+    """The module that maps encoder features to the language model's width, computed and returned in fp32."""
 
-    Args:
-        rank: its linear layers as their best approximations of this rank, where that is less work; None = whole. The
-            factors are computed once per weight.
-    """
-
-    def __init__(self, module: nn.Module, rank: int | None = None):
+    def __init__(self, module: nn.Module):
         self.module = module
         self._state = {name: value.float() for name, value in module.state_dict().items()}
         self._narrow: dict[nn.Linear, Factors] = {}
-        for layer in module.modules():
-            if rank is None or not isinstance(layer, nn.Linear):
-                continue
-            if rank * sum(layer.weight.shape) < layer.weight.numel():
-                self._narrow[layer] = _factors(layer, rank)
 
     def of_rank(self, rank: int | None) -> Projector:
-        """The same projector, of that rank."""
-        return self if rank is None else Projector(self.module, rank)
+        """The same with its linear layers as their best approximations of this rank, where that is less work; None =
+        whole. The factors are computed once per weight."""
+        if rank is None:
+            return self
+        linear = [layer for layer in self.module.modules() if isinstance(layer, nn.Linear)]
+        other = copy.copy(self)
+        other._narrow = {x: _factors(x, rank) for x in linear if rank * sum(x.weight.shape) < x.weight.numel()}
+        return other
 
     def __call__(self, features: Tensor) -> Tensor:
         """``[..., d_v] -> [..., D]``."""
         return self._run(features, Installation())
 
     def split(self, features: Tensor) -> tuple[Project, Project]:
-        """All of it but the last linear layer, and that layer without its bias: differences need the second only once.
+        """All of it but the last linear layer, and a linear map that makes differences as long as that layer does.
+
+        The length of a difference needs the second only once.
 
         Where it does not end in a linear layer that runs once: the whole, and the identity.
 
@@ -60,14 +59,17 @@ class Projector:
         last = [layer for layer, out in seen if out is result]
         if len(last) != 1 or [layer for layer, _ in seen].count(last[0]) != 1:
             return self, lambda x: x
-        factors = self._narrow.get(last[0], (last[0].weight.float(),))
+        weight = last[0].weight.float()
+        if last[0] in self._narrow:
+            left, right = self._narrow[last[0]]
+            weight = left.norm(dim=0)[:, None] * right  # the left factor's columns are orthogonal
 
         def before(features: Tensor) -> Tensor:
             stopped = Installation()
             stopped.shadow(last[0], "forward", lambda _, x: x)
             return self._run(features, stopped, last[0])
 
-        return before, functools.partial(_product, factors)
+        return before, lambda x: F.linear(x, weight)
 
     def _run(self, features: Tensor, installed: Installation, without: nn.Linear | None = None) -> Tensor:
         """The module on fp32 weights; takes back what is installed."""
@@ -81,12 +83,8 @@ class Projector:
 
 
 def _through(layer: nn.Linear, factors: Factors, _: Any, x: Tensor) -> Tensor:
-    out = _product(factors, x)
-    return out if layer.bias is None else out + layer.bias
-
-
-def _product(factors: Factors, x: Tensor) -> Tensor:
-    return functools.reduce(F.linear, reversed(factors), x)
+    left, right = factors
+    return F.linear(F.linear(x, right), left, layer.bias)  # the bias that runs: fp32
 
 
 def _factors(layer: nn.Linear, rank: int) -> Factors:

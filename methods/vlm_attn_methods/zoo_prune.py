@@ -57,10 +57,9 @@ class ZooPrune(EncoderPrune):
 
     def keep_mask(self, view: PruneView) -> Tensor:
         out = view.tokens.vis.clone().zero_()
-        projector = None if self.score == "norm" else view.vision.project.of_rank(self.rank)
         for row, slots, total in images(view.tokens):
             x, z = view.vision.picture(row, int(view.tokens.img_id[row, slots[0]])).features, view.features[row, slots]
-            s = norm(z) if projector is None else self._sensitivity(projector, x)
+            s = norm(z) if self.score == "norm" else self._sensitivity(view.vision.project.of_rank(self.rank), x)
             out[row, slots[maxmin(z, floor_share(total, self.keep), minmax(s))]] = True
         return out
 
