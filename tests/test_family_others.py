@@ -109,7 +109,7 @@ def test_branch_alters_the_pixels_of_each_picture_in_every_tower(name: str) -> N
         for row, sample in enumerate((TWO, OTHER)):
             inputs = specimen.inputs([sample])
             alone = model.generate(**inputs, **options).scores[0]
-            assert distance(both[row : row + 1], alone) < 1e-5
+            assert distance(both[row : row + 1], alone) < 3e-5  # a contrast of roundings
             with session.suspended():
                 plain = model(**inputs).logits[:, -1]
                 black = model(**{**inputs, **{n: torch.zeros_like(inputs[n]) for n in names}}).logits[:, -1]
