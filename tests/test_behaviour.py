@@ -50,6 +50,24 @@ def test_rows_of_a_batch_equal_singles(name: str, batch: Any) -> None:
             assert distance(logits[:, row], single[:, 0]) <= 3e-5
 
 
+SINGLE_PRECISION = ("act", "tome")  # refuse double
+
+
+@pytest.mark.parametrize("name", [n for n in GENERATING if n not in SINGLE_PRECISION])
+@pytest.mark.parametrize("batch", [models.padded, models.mixed])
+def test_rows_of_a_batch_equal_singles_beyond_rounding(name: str, batch: Any) -> None:
+    """In double precision, where what is left are the parts that every method computes in fp32."""
+    model, whole = models.build_llava(4).double(), batch()
+
+    def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return greedy(model, {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})[1]
+
+    with vlm_attn.attach(model, default(name)):
+        together = logits(whole.inputs())
+        for row, sample in enumerate(whole.samples):
+            assert distance(together[:, row], logits(sample.inputs())[:, 0]) <= 5e-6
+
+
 @pytest.mark.parametrize("name", [n for n in TENSOR_METHODS if not MATRIX[n].generates_only])
 def test_beams_score_their_own_sequences(name: str) -> None:
     """The reported score of the best beam is what the dense reference gives for that very sequence."""

@@ -207,8 +207,7 @@ def bench_shape(
         now = place.clock(clock)
         found = chosen(cases(shape, place.queued), only)
 
-        stock = Stock(model, job, now, layers=not place.queued)
-        trial = Trial(model, job, steps, now, stock, place.queued)
+        trial = Trial(model, job, steps, now, Stock(model, job, now, layers=not place.queued))
         alone = replace(trial, steps=1, beside=None)
 
         def run(case: Case) -> Taken:

@@ -155,14 +155,18 @@ class Taken:
 @dataclass(frozen=True)
 class Trial:
     """What is timed: the prompt of ``job`` and ``steps`` tokens on ``model`` by the clock ``now``, in turn with
-    ``beside``, if given. ``queued``: looking at the clock within a prefill would hold it up."""
+    ``beside``, if given."""
 
     model: LlavaForConditionalGeneration
     job: Request
     steps: int
     now: Callable[[], float]
     beside: Stock | None = None
-    queued: bool = False
+
+    @property
+    def queued(self) -> bool:
+        """Looking at the clock within a prefill would hold it up."""
+        return self.beside is not None and not self.beside.layers
 
     def clock(self) -> float:
         """Time without stock's turns."""
